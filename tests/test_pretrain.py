@@ -27,6 +27,7 @@ from dsv3.training.data.loader import IGNORED, Batch
 from dsv3.training.flops import flops_per_token
 from dsv3.training.loss import Losses, pretraining_loss
 from dsv3.training.metrics import read_metrics
+from dsv3.training.optim import AdamW
 from dsv3.training.pretrain import Pretraining
 from dsv3.training.progress import Progress
 from dsv3.training.schedule import Schedule
@@ -278,7 +279,7 @@ def test_the_optimizer_and_the_loss_get_what_the_schedule_says(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, weights = [], []
-    step, loss = loop.AdamW.step, loop.pretraining_loss
+    step, loss = AdamW.step, loop.pretraining_loss
 
     def noted_step(self: Any, lr: float, gradients: Any) -> None:
         steps.append(lr)
@@ -288,7 +289,7 @@ def test_the_optimizer_and_the_loss_get_what_the_schedule_says(
         weights.append(mtp_lambda)
         return loss(model, batch, share, mtp_lambda, alpha)
 
-    monkeypatch.setattr(loop.AdamW, "step", noted_step)
+    monkeypatch.setattr(AdamW, "step", noted_step)
     monkeypatch.setattr(loop, "pretraining_loss", noted_loss)
     records = tiny.run(data, tmp_path / "run", "mtp.switch_at=4 steps")
     assert steps == [record["lr"] for record in records] and len(set(steps)) == 6
@@ -443,7 +444,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 
     def noted(self: Pretraining, log: Any) -> None:
         advance(self, log)
-        states.append({f"{g} {n}": t.clone() for g, named in self._tensors().items() for n, t in named.items()})
+        states.append({f"{g} {n}": t.clone() for g, named in self.tensors().items() for n, t in named.items()})
 
     monkeypatch.setattr(Pretraining, "_advance", noted)
     records = tiny.run(data, tmp_path / "run")

@@ -20,9 +20,6 @@ Beta = Annotated[float, Range(0, 0.999999)]
 
 START, THOUSAND, END = Span(0, "steps"), Span(1000, "steps"), Span(100, "percent")
 
-# What the numbers of a run hang on from its first step: a checkpoint resumes only under the same values.
-FIXED = ("model", "tokenizer", "data", "batch", "seed", "precision", "ema_decay", "optim.bf16_moments")
-
 
 @dataclass(frozen=True)
 class ModelSection(Section):
@@ -175,48 +172,62 @@ class LogSection(Section):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Section):
-    """A pre-training run. `length` is its end, in steps or tokens; everything it leaves lies under `run_dir`."""
+class RunConfig(Section):
+    """What every training run has. Everything it leaves lies under `run_dir`.
 
-    run_dir: str = "runs/pretrain"
-    length: Span = THOUSAND
+    fixed: what the numbers of a run hang on from its first step: a checkpoint resumes only under the same values.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ()
+
+    run_dir: str = "runs/train"
     seed: Count = 0
-    tokenizer: str = ""  # directory with a tokenizer.json
     precision: Literal["fp32", "bf16"] = "fp32"  # of parameters and arithmetic; bf16 keeps float32 master weights
     recompute: Literal["none", "full"] = "none"
-    init_std: Positive = 0.006  # report, section 4.2
-    embedding_std: Annotated[float, Range(0, open=True)] | None = None  # default: init_std
     ema_decay: Annotated[float, Range(0, 0.9999999)] = 0.0  # per step; 0 = no average of the weights is kept
     max_skipped_steps: Count = 20  # steps with a non-finite loss or gradient in a row before the run stops
-    model: ModelSection = ModelSection()
-    data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
-    batch: BatchSection = BatchSection()
     balance: BalanceSection = BalanceSection()
-    mtp: MtpSection = MtpSection()
-    eval: EvalSection = EvalSection()
-    sample: SampleSection = SampleSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-
-    def check(self) -> None:
-        if self.length.unit == "percent":
-            raise UserError(f'length must be in steps or tokens ("150 steps", "10B tokens"), not {self.length}')
 
     def fingerprint(self) -> str:
         """sha256 of the resolved settings."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def check_resume(saved: Mapping[str, Any], current: PretrainConfig) -> list[str]:
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A pre-training run. `length` is its end, in steps or tokens."""
+
+    fixed = ("model", "tokenizer", "data", "batch", "seed", "precision", "ema_decay", "optim.bf16_moments")
+
+    run_dir: str = "runs/pretrain"
+    length: Span = THOUSAND
+    tokenizer: str = ""  # directory with a tokenizer.json
+    init_std: Positive = 0.006  # report, section 4.2
+    embedding_std: Annotated[float, Range(0, open=True)] | None = None  # default: init_std
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    batch: BatchSection = BatchSection()
+    mtp: MtpSection = MtpSection()
+    eval: EvalSection = EvalSection()
+    sample: SampleSection = SampleSection()
+
+    def check(self) -> None:
+        if self.length.unit == "percent":
+            raise UserError(f'length must be in steps or tokens ("150 steps", "10B tokens"), not {self.length}')
+
+
+def check_resume(saved: Mapping[str, Any], current: RunConfig) -> list[str]:
     """Can a run saved with settings `saved` (a `to_dict`) go on under `current`?
 
-    UserError where a key of FIXED differs; else the dotted keys that changed, for a note to the user.
+    UserError where a key of `fixed` differs; else the dotted keys that changed, for a note to the user.
     """
     old, new = _flat(saved), _flat(current.to_dict())
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     for key in changed:
-        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+        if any(key == fixed or key.startswith(fixed + ".") for fixed in current.fixed):
             raise UserError(
                 f"this run was started with {key} = {old.get(key)!r}, the settings now say {new.get(key)!r}: "
                 "put it back, or give the new run another run_dir"

@@ -6,66 +6,45 @@ gates chose over the whole batch. Everything a step depends on follows from the 
 that was interrupted goes on bit for bit (on a CPU), on another number of processes too, up to the order of sums.
 """
 
-import math
-import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.checkpoint import save_pretrained
 from ..core.config import ModelConfig
-from ..core.files import NO_SPACE, atomic_write
+from ..core.files import atomic_write
 from ..core.generate import SamplingParams, SimpleRollout
 from ..core.model import DeepseekV3
-from ..core.moe import Gate
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
-from ..ops.op import activate_backend
 from ..parallel.data import DataParallel
-from ..parallel.gradients import Gradients
-from .balance import Balancer, max_violation
-from .checkpointing import Checkpoints, model_tensors
-from .config import PretrainConfig, check_resume
+from .config import PretrainConfig
 from .data.loader import Batch, BatchStream, ValidationSet
 from .data.shards import TokenSet
 from .data.transforms import tokenizer_fingerprint
-from .ema import Ema
 from .flops import flops_per_token
+from .loop import TrainingRun, run_training
 from .loss import pretraining_loss
-from .metrics import MetricsLog, read_metrics
-from .optim import AdamW
-from .plots import draw
 from .progress import Progress, Speed, describe, matmul_peak
 from .schedule import Schedule
-from .signals import StopRequest
 from .validation import bits_per_byte
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.tsv"
+SAMPLES = "samples.tsv"
 
 
 def pretrain(config: PretrainConfig, backend: str = "auto") -> Path | None:
     """Run, or go on with, the run that `config` describes. Returns the directory of the finished model (Hugging Face
     format), or None where a signal ended the run early; its checkpoint is then saved.
     """
-    device = activate_backend(backend).device
-    try:
-        with DataParallel.start(device) as parallel, Progress(parallel.is_main) as progress:
-            return Pretraining(config, parallel, progress).run()
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise UserError(f"{config.run_dir}: the disk is full; make room and run the same command to go on") from error
+    return run_training(config, backend, lambda parallel, progress: Pretraining(config, parallel, progress))
 
 
-class Pretraining:
-    """The parts of a run, put together. `step` is the next step to do."""
+class Pretraining(TrainingRun):
+    """A step: forward and backward over the global batch, then the update."""
 
     def __init__(self, config: PretrainConfig, parallel: DataParallel, progress: Progress):
-        self.config, self.parallel, self.progress = config, parallel, progress
-        self.directory = Path(config.run_dir)
+        self.config = config
         self.schedule = Schedule(config)
         first = self.schedule.timeline.batch_size(0)
         if first < parallel.world_size:
@@ -75,80 +54,22 @@ class Pretraining:
             )
         if not config.tokenizer:
             raise UserError("tokenizer is not set: name a directory with a tokenizer.json")
-        self.tokenizer = Tokenizer.load(config.tokenizer)
-        self.stream, self.held_out = open_data(config, self.tokenizer)
-        self.model = build_model(config, self.tokenizer, parallel)
-        self.gradients = Gradients(self.model.parameters())
-        optim = config.optim
-        self.optimizer = AdamW(
-            self.model.named_parameters(), optim.betas, optim.eps, optim.weight_decay, optim.bf16_moments
-        )
-        ema = config.ema_decay
-        self.ema = Ema(self.optimizer.names, self.optimizer.masters, ema) if ema else None
-        gates = [module for module in self.model.modules() if isinstance(module, Gate)]
-        biases = {gate.layer: gate.e_score_correction_bias for gate in gates}
-        self.balancer = Balancer(biases, config.balance.centred) if biases else None
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint.keep)
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        tokenizer = Tokenizer.load(config.tokenizer)
+        self.stream, self.held_out = open_data(config, tokenizer)
+        super().__init__(config, build_model(config, tokenizer, parallel), tokenizer, parallel, progress)
+        self.total_steps = self.schedule.timeline.total_steps
         dtype = self.model.head_weight.dtype
         peak = matmul_peak(parallel.device, dtype) * parallel.world_size
         self.speed = Speed(flops_per_token(self.model.config, config.data.seq_len), peak)
 
     @property
-    def total_steps(self) -> int:
-        return self.schedule.timeline.total_steps
+    def data_fingerprint(self) -> str:
+        return self.stream.fingerprint
 
-    def run(self) -> Path | None:
-        self._resume()
-        with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
-            log = None
-            if self.parallel.is_main:
-                log = stack.enter_context(MetricsLog(self.directory / METRICS, self.step, self.config.log.tensorboard))
-                self._drop_later_samples()
-                with atomic_write(self.directory / "config.toml", "w") as file:
-                    file.write(self.config.to_toml())
-            while self.step < self.total_steps:
-                self._advance(log)
-                (stopping,) = self.parallel.any(stop.requested is not None)
-                due = self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0
-                if stopping or due or self.step == self.total_steps:
-                    self._save(log)
-                if stopping and self.step < self.total_steps:
-                    self.progress.say(
-                        f"stopped by {stop.requested or 'another process'} before step {self.step}; "
-                        f"the checkpoint is saved, run the same command to go on"
-                    )
-                    return None
-        return self._finish()
+    def saved_state(self) -> dict[str, Any]:
+        return {"sequences": self.schedule.timeline.sequences_before(self.step)}
 
-    # One step.
-
-    def _advance(self, log: MetricsLog | None) -> None:
-        began, step = time.perf_counter(), self.step
-        values = self._optimize(step)
-        self.step += 1
-        tokens = self.schedule.timeline.batch_size(step) * self.config.data.seq_len
-        self.speed.update(tokens, time.perf_counter() - began)
-        self._validate(values)
-        timeline = self.schedule.timeline
-        values |= {
-            "tokens": timeline.tokens_before(self.step),
-            "tokens_per_second": self.speed.tokens_per_second,
-            "mfu": self.speed.mfu,
-        }
-        last = self.step == self.total_steps
-        if log is not None and (last or step % self.config.log.every == 0 or any("/" in key for key in values)):
-            log.write(step, values)
-        left = timeline.tokens_before(self.total_steps) - timeline.tokens_before(self.step)
-        line = describe(
-            self.step, self.total_steps, self.speed, left, values["loss"], values["grad_norm"], values["max_violation"]
-        )
-        self.progress.show(line, final=last)
-        self._continue_prompts()
-
-    def _optimize(self, step: int) -> dict[str, Any]:
-        """Forward, backward and update of one global batch; what the log says about it."""
+    def optimize(self, step: int) -> dict[str, Any]:
         config, schedule = self.config, self.schedule
         sequences, start = schedule.timeline.batch_size(step), schedule.timeline.sequences_before(step)
         self.gradients.zero()
@@ -164,49 +85,24 @@ class Pretraining:
             sums += torch.stack([losses.main, losses.mtp, losses.balance]).double().cpu()
             if self.balancer is not None:
                 self.balancer.add(losses.routing.counts)
-        self.parallel.reduce_gradients(self.gradients, average=False)  # losses are divided by the global batch already
         main, mtp, balance = self.parallel.sum(sums).tolist()
-        norm = self.gradients.clip(config.optim.grad_clip)
-        finite = math.isfinite(norm) and math.isfinite(main + mtp + balance)
-        loads = self._move(step, finite)
-        # A layer that no token passed, an MTP module of weight 0, has load 0.
-        relative = loads / loads.double().mean(-1, keepdim=True).clamp_min(1e-9) if loads is not None else None
-        return {
-            "loss": main,
-            "mtp_loss": mtp,
-            "balance_loss": balance,
-            "grad_norm": norm,
-            "lr": schedule.lr(step),
-            "batch_sequences": sequences,
-            "max_violation": max_violation(loads).max().item() if loads is not None else 0.0,
-            "expert_load": relative.tolist() if relative is not None else [],
-            "skipped_steps": self.skipped,
+        losses_of_step = {"loss": main, "mtp_loss": mtp, "balance_loss": balance, "batch_sequences": sequences}
+        return losses_of_step | self.update(step, main + mtp + balance, schedule.lr(step), schedule.gamma(step))
+
+    def describe(self, values: dict[str, Any], seconds: float) -> str:
+        timeline = self.schedule.timeline
+        self.speed.update(timeline.batch_size(self.step - 1) * self.config.data.seq_len, seconds)
+        values |= {
+            "tokens": timeline.tokens_before(self.step),
+            "tokens_per_second": self.speed.tokens_per_second,
+            "mfu": self.speed.mfu,
         }
+        left = timeline.tokens_before(self.total_steps) - timeline.tokens_before(self.step)
+        return describe(
+            self.step, self.total_steps, self.speed, left, values["loss"], values["grad_norm"], values["max_violation"]
+        )
 
-    def _move(self, step: int, finite: bool) -> torch.Tensor | None:
-        """Update weights, biases and average, or skip the step; returns the expert loads [layers, E]."""
-        if finite:
-            self.optimizer.step(self.schedule.lr(step), self.gradients.views)
-            self.skipped_in_a_row = 0
-            if self.ema is not None:
-                self.ema.update(self.optimizer.masters)
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            what = "loss or gradient is not finite, the step is skipped"
-            self.progress.say(f"step {step}: {what} ({self.skipped} so far)")
-        gamma = self.schedule.gamma(step) if finite else 0.0
-        loads = self.balancer.finish(gamma, self.parallel.sum) if self.balancer is not None else None
-        if self.skipped_in_a_row and self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite: lower optim.lr, or "
-                f"look at the data from step {step - self.skipped_in_a_row + 1} on; the last checkpoint is kept"
-            )
-        return loads
-
-    # Beside the steps.
-
-    def _validate(self, values: dict[str, Any]) -> None:
+    def validate(self, values: dict[str, Any]) -> None:
         every = self.config.eval.every
         if not every or (self.step % every and self.step != self.total_steps and self.step != 1):
             return
@@ -218,7 +114,8 @@ class Pretraining:
         found = ", ".join(f"{key.removeprefix('validation/')} {v:.3f}" for key, v in values.items() if "/" in key)
         self.progress.say(f"step {self.step}: validation, bits per byte: {found}")
 
-    def _continue_prompts(self) -> None:
+    def after_step(self) -> None:
+        """Continue the prompts of the settings."""
         sample = self.config.sample
         if not self.parallel.is_main or not sample.every or self.step % sample.every:
             return
@@ -236,76 +133,14 @@ class Pretraining:
             file.writelines(lines)
         self.model.train()
 
-    def _drop_later_samples(self) -> None:
-        """Remove what an interrupted run wrote after the checkpoint: it is written again."""
+    def began(self) -> None:
+        """Remove the samples that an interrupted run wrote after the checkpoint: they are written again."""
         path = self.directory / SAMPLES
-        if path.exists():
+        if self.parallel.is_main and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and int(line.split()[1]) <= self.step]
             with atomic_write(path, "w") as file:
                 file.writelines(kept)
-
-    # Checkpoints.
-
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        tensors = {"model": model_tensors(self.model), "optimizer": self.optimizer.state_dict()}
-        return tensors | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
-
-    def _save(self, log: MetricsLog | None) -> None:
-        failed = None
-        if log is not None:
-            log.sync()
-            state = {
-                "sequences": self.schedule.timeline.sequences_before(self.step),
-                "data": self.stream.fingerprint,
-                "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-            }
-            try:
-                self.checkpoints.save(self.step, self._tensors(), state, self.config.to_toml())
-            except UserError as error:
-                failed = str(error)
-        # All processes wait for the checkpoint, and end together where it cannot be written.
-        if failed := self.parallel.broadcast_object(failed):
-            raise UserError(failed)
-
-    def _resume(self) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir {self.directory} cannot be made ({error.strerror}): choose another") from None
-        saved = self.checkpoints.newest(self.progress.say)
-        # All processes must take the same one, and process 0 alone may have seen a file system's newest state.
-        path = self.parallel.broadcast_object(saved.path if saved is not None else None)
-        if path is None:
-            self.progress.say(f"new run in {self.directory}: {self.total_steps} steps")
-            return
-        if saved is None or saved.path != path:
-            raise UserError(f"checkpoint {path} is not visible to every process: put run_dir on a shared file system")
-        for key in check_resume(saved.config, self.config):
-            self.progress.say(f"note: {key} has changed since the checkpoint")
-        if saved.state["data"] != self.stream.fingerprint:
-            raise UserError(
-                f"the data of {self.directory} has changed since its checkpoint: restore it, or use another run_dir"
-            )
-        saved.restore(self._tensors())
-        self.step, self.skipped = saved.step, saved.state["skipped"]
-        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
-        self.progress.say(f"going on from {path} at step {self.step} of {self.total_steps}")
-
-    def _finish(self) -> Path:
-        """Pictures, and the model in the Hugging Face format."""
-        target = self.directory / "model"
-        if self.parallel.is_main:
-            draw(read_metrics(self.directory / METRICS), self.directory)
-            save_pretrained(self.model, self.model.config, target, also=self.tokenizer.save)
-            if self.ema is not None:
-                with self.ema.applied(self.model.parameters()):
-                    also = self.tokenizer.save
-                    save_pretrained(self.model, self.model.config, self.directory / "model-ema", also=also)
-            self.progress.say(f"the model is in {target}; try: dsv3 generate {target} --prompt TEXT")
-        self.parallel.barrier()
-        return target
 
 
 def open_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[BatchStream, dict[str, ValidationSet]]:

@@ -31,9 +31,9 @@ from .data.prepare import prepare
 from .data.shards import SPLITS, TokenSet
 from .data.sources import Document, Source
 from .launch import ProcessFailed, launch, processes_for_this_machine
+from .loop import METRICS
 from .metrics import read_metrics
 from .plots import draw
-from .pretrain import METRICS
 from .progress import Progress
 from .quickstart_folder import Folder, exceptions_for_signals
 from .quickstart_picture import draw_summary

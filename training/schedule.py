@@ -9,7 +9,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .config import BatchSection, PretrainConfig
+from .config import BatchSection, OptimSection, PretrainConfig
 from .settings import Span
 
 
@@ -85,18 +85,15 @@ class _Stretch:
         return self.high
 
 
-class Schedule:
-    """The settings of a run, read off at a step (0-based; values hold for the update made by that step)."""
+class LearningRate:
+    """The learning rate of the settings `optim` at a step (0-based; it holds for the update made by that step)."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.timeline = Timeline(config.batch, config.data.seq_len, config.length)
-        self._config = config
-        self._gamma_ends = self.timeline.first_step_at(config.balance.gamma_until)
-        self._lambda_switches = self.timeline.first_step_at(config.mtp.switch_at)
+    def __init__(self, optim: OptimSection, timeline: Timeline) -> None:
+        self._optim, self._timeline = optim, timeline
         self._stretches = self._build()
 
     def _build(self) -> list[_Stretch]:
-        time, optim = self.timeline, self._config.optim
+        time, optim = self._timeline, self._optim
         stretches: list[_Stretch] = []
         step, tokens, lr = 0, 0, optim.lr
         for index, phase in enumerate(optim.schedule):
@@ -113,13 +110,24 @@ class Schedule:
             step, tokens, lr = last_step, end if in_tokens else time.tokens_before(end), to
         return stretches
 
-    def lr(self, step: int) -> float:
-        """Learning rate of `step`. Warm-up reaches the full value at its last step: (step + 1) / warmup_steps."""
-        warm = min(1.0, (step + 1) / self._config.optim.warmup_steps) if self._config.optim.warmup_steps else 1.0
+    def __call__(self, step: int) -> float:
+        """Warm-up reaches the full value at its last step: (step + 1) / warmup_steps."""
+        warm = min(1.0, (step + 1) / self._optim.warmup_steps) if self._optim.warmup_steps else 1.0
         for stretch in self._stretches:
             if step < stretch.last_step:
-                return warm * stretch.value(self.timeline.tokens_before(step) if stretch.in_tokens else step)
-        return warm * (self._stretches[-1].high if self._stretches else self._config.optim.lr)
+                return warm * stretch.value(self._timeline.tokens_before(step) if stretch.in_tokens else step)
+        return warm * (self._stretches[-1].high if self._stretches else self._optim.lr)
+
+
+class Schedule:
+    """The settings of a pre-training run, read off at a step (0-based)."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.timeline = Timeline(config.batch, config.data.seq_len, config.length)
+        self.lr = LearningRate(config.optim, self.timeline)
+        self._config = config
+        self._gamma_ends = self.timeline.first_step_at(config.balance.gamma_until)
+        self._lambda_switches = self.timeline.first_step_at(config.mtp.switch_at)
 
     def gamma(self, step: int) -> float:
         """Step of the balance biases."""
