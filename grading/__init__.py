@@ -1,0 +1,1 @@
+"""Judging what a model wrote: answers, formats, languages, rules, code. Ground floor: needs no torch and no model."""
