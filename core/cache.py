@@ -76,6 +76,13 @@ class PagedCache:
                 layer[i] = pages.new_zeros((num_pages, *pages.shape[1:])).index_copy_(0, new, pages[old])
         self.num_pages = num_pages
 
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Have page targets[i] hold what page sources[i] holds, in every layer."""
+        source, target = (torch.tensor(pages, dtype=torch.int64, device=self.device) for pages in (sources, targets))
+        for layer in self.layers:
+            for pages in layer:
+                pages.index_copy_(0, target, pages[source])
+
     def step(
         self, pages: list[list[int]], known: list[int], new: list[int], absorbed: bool | None = None
     ) -> "PagedStep":

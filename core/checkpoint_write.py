@@ -21,6 +21,7 @@ from .checkpoint_read import INDEX, SINGLE, Checkpoint
 from .config import ModelConfig
 from .files import atomic_directory
 from .fp8_checkpoint import all_finite, dequantize_into, quantization_config, quantize, wants_power_of_two
+from .linear import Linear
 from .names import HFTensor, hf_tensors
 from .safetensors_file import ShardWriter
 
@@ -40,9 +41,10 @@ class Source(Protocol):
 
 
 class _ModelSource:
-    """The parameters of a model in memory."""
+    """The parameters of a model in memory, with what was added to them (`Linear.merged`)."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
         self._tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
@@ -51,13 +53,16 @@ class _ModelSource:
         return self._get(tensor.param).dtype
 
     def weight(self, tensor: HFTensor) -> Tensor:
-        return self._part(tensor, tensor.param, tensor.shape)
+        module = self._linear.get(tensor.param.removesuffix(".weight"))
+        values = self._get(tensor.param)
+        return self._part(tensor, tensor.param, values if module is None else module.merged(), tensor.shape)
 
     def scale(self, tensor: HFTensor) -> Tensor:
-        return self._part(tensor, tensor.param.removesuffix("weight") + "weight_scale_inv", tensor.scale_shape)
+        name = tensor.param.removesuffix("weight") + "weight_scale_inv"
+        return self._part(tensor, name, self._get(name), tensor.scale_shape)
 
-    def _part(self, tensor: HFTensor, name: str, shape: tuple[int, ...]) -> Tensor:
-        part = tensor.of(self._get(name)).detach()
+    def _part(self, tensor: HFTensor, name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        part = tensor.of(values).detach()
         if tuple(part.shape) != shape:
             raise UserError(f"{name}: the model's is for {list(part.shape)}, the configuration says {list(shape)}")
         return part.cpu().contiguous()

@@ -4,15 +4,15 @@ A rollout turns prompts into completions: ragged batches, a seed per request, lo
 experts that every token took. Training by reinforcement, evaluation and the command line ask for this protocol only;
 the serving engine implements it too.
 
-The simple implementation prefills all prompts, then decodes all sequences in lockstep and drops the finished ones. Its
-noise is a function of (seed, position, token) and of nothing else, so neither a request's neighbours nor its place
-among them enter the draw. They do enter the rounding: products of other sizes sum in another order, so logits and
-log-probabilities agree with those of the request alone to rounding (about 1e-6 relative in float32, 1e-2 in bfloat16),
-and a token that was nearly tied may come out differently.
+The simple implementation prefills all prompts, each different one once, then decodes all sequences in lockstep and
+drops the finished ones. Its noise is a function of (seed, position, token) and of nothing else, so neither a request's
+neighbours nor its place among them enter the draw. They do enter the rounding: products of other sizes sum in another
+order, so logits and log-probabilities agree with those of the request alone to rounding (about 1e-6 relative in
+float32, 1e-2 in bfloat16), and a token that was nearly tied may come out differently.
 """
 
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops.cache_layout import cache_layout
-from ..ops.sampling import sample
+from ..ops.sampling import log_probability, sample
 from .cache import PagedCache
 from .model import DeepseekV3
 from .step import Routing, packed
@@ -36,6 +36,7 @@ class SamplingParams:
 
     temperature: 0 takes the most likely token. top_k: 0 is off. top_p, min_p: of the distribution after temperature.
     seed: 64 bits; None draws one, which the completion reports. max_tokens: None fills the context.
+    tempered_logprobs: report log-probabilities at this temperature instead of 1 (0 counts as 1).
     stop: strings that end the text (whoever shows it cuts them off); stop_token_ids: besides the model's own.
     """
 
@@ -48,6 +49,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    tempered_logprobs: bool = False
 
     def __post_init__(self) -> None:
         checks = [
@@ -70,7 +72,7 @@ class Completion:
     """What one prompt became.
 
     token_ids: with the end token, or the tokens of the stop string, that ended it.
-    logprobs: of each token under the model itself (temperature 1, nothing filtered).
+    logprobs: of each token under the model itself (temperature 1 unless asked otherwise, nothing filtered).
     finish_reason: "stop" (end token or stop string) or "length".
     experts: i32 [prompt + completion - 1, layers with experts, k], what the gates chose for every token that the model
         has read (the last one it has only written); where asked for, and once the completion is finished.
@@ -157,7 +159,8 @@ class SimpleRollout:
         batch = _Batch(self, prompts, chosen, record_experts)
         if completions is not None:
             completions.extend(batch.completions)
-        yield from batch.run()
+        for tokens in batch.run():
+            yield from tokens
         batch.report_experts()
 
 
@@ -190,14 +193,17 @@ class _Batch:
         self.record_experts = record_experts
         self.expert_log: list[list[Tensor]] = [[] for _ in prompts]
         self.settings = _settings_on(rollout.device, params, [c.seed for c in self.completions])
+        divisors = [wanted.temperature or 1.0 if wanted.tempered_logprobs else 1.0 for wanted in params]
+        self.divisors = torch.tensor(divisors, device=rollout.device) if set(divisors) - {1.0} else None
 
     @torch.inference_mode()  # as a decorator: around every step, not around what the reader of the stream does between
-    def run(self) -> Generator[Token, None, None]:
+    def run(self) -> Generator[list[Token], None, None]:
+        """The tokens of a step at a time: entering inference mode for each one would cost a seventh of the whole."""
         running = list(range(len(self.completions)))
         self._reserve(running, [len(completion.prompt_ids) for completion in self.completions])
         logits = self._prefill(running)
         while running:
-            yield from self._choose(running, logits)
+            yield self._choose(running, logits)
             running = [i for i in running if self.completions[i].finish_reason is None]
             if running:
                 self._reserve(running, [self.known[i] + 1 for i in running])
@@ -236,9 +242,15 @@ class _Batch:
         self.pages = [pages.get(i, []) for i in range(len(self.pages))]
 
     def _prefill(self, running: list[int]) -> Tensor:
-        """Chunks of at most PREFILL_TOKENS, sequence after sequence -> logits [len(running), V] behind each prompt."""
+        """Chunks of at most PREFILL_TOKENS, sequence after sequence -> logits [len(running), V] behind each prompt.
+
+        Of sequences with the same prompt the first is computed, and the others get copies.
+        """
         rows: dict[int, Tensor] = {}
-        waiting = {i: self.completions[i].prompt_ids for i in running}
+        first: dict[tuple[int, ...], int] = {}
+        for i in running:
+            first.setdefault(tuple(self.completions[i].prompt_ids), i)
+        waiting = {i: self.completions[i].prompt_ids for i in first.values()}
         while waiting:
             chunk: dict[int, list[int]] = {}
             room = PREFILL_TOKENS
@@ -254,7 +266,17 @@ class _Batch:
                     waiting = {i: rest} | waiting
                 else:
                     rows[i] = logits[row]
+        copies = [(first[tuple(self.completions[i].prompt_ids)], i) for i in running if i not in rows]
+        moves = [pages for source, i in copies for pages in self._copied_pages(source, i)]
+        if moves:
+            self.cache.copy(*map(list, zip(*moves, strict=True)))
+        for source, i in copies:
+            rows[i], self.known[i], self.expert_log[i] = rows[source], self.known[source], [*self.expert_log[source]]
         return torch.stack([rows[i] for i in running]) if running else torch.empty(0)
+
+    def _copied_pages(self, source: int, target: int) -> Iterable[tuple[int, int]]:
+        used = self.cache.pages_for(self.known[source])
+        return zip(self.pages[source][:used], self.pages[target], strict=False)
 
     def _forward(self, tokens: list[list[int]], who: list[int], absorbed: bool | None = None) -> Tensor:
         """One pass over new tokens of the sequences `who` -> logits [len(who), V] of each one's last token."""
@@ -273,17 +295,21 @@ class _Batch:
                 self.expert_log[i].append(part)
         return output.logits
 
-    def _choose(self, running: list[int], logits: Tensor) -> Iterator[Token]:
+    def _choose(self, running: list[int], logits: Tensor) -> list[Token]:
         rows = torch.tensor(running, device=logits.device)
         positions = torch.tensor([self.known[i] for i in running], device=logits.device)
         settings = [values[rows] for values in self.settings]
         tokens, logprobs = sample(logits.float(), *settings, positions)
+        if self.divisors is not None:
+            logprobs = log_probability(logits.float() / self.divisors[rows, None], tokens)
+        chosen = []
         for i, token, logprob in zip(running, tokens.tolist(), logprobs.tolist(), strict=True):
             completion = self.completions[i]
             completion.token_ids.append(token)
             completion.logprobs.append(logprob)
             completion.finish_reason = self._finish(i, token)
-            yield Token(i, token, logprob, completion.finish_reason)
+            chosen.append(Token(i, token, logprob, completion.finish_reason))
+        return chosen
 
     def _finish(self, i: int, token: int) -> str | None:
         completion, params = self.completions[i], self.params[i]

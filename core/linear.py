@@ -1,15 +1,47 @@
 """Matrix products of the model: modules that hold a weight in whatever format it was loaded."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from ..ops.fp8 import dequantize_blocks
+from ..ops.fp8 import dequantize_blocks, fp8_gemm, quantize_tiles
+from ..ops.grouped_fp8 import grouped_fp8_gemm
 from ..ops.weight import Weight, grouped_linear, linear, pack
+
+Stamp = tuple[tuple[Tensor, int], ...]  # tensors, and the version in which each was read
 
 
 def version(tensor: Tensor) -> int:
     """How often it was written in place. Not of an inference tensor, nor through `.data`: those writes do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def same(a: Stamp, b: Stamp) -> bool:
+    """Are these the same tensors in the same versions?"""
+    return len(a) == len(b) and all(x is y and m == n for (x, m), (y, n) in zip(a, b, strict=True))
+
+
+class _FrozenFp8(Function):
+    """The product with an FP8 weight that does not train, and the gradient of its input as the report has it (section
+    3.3.2, Dgrad): gradients in tiles of 1 x 128. Nothing is kept for backward but the weight, which is there anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, plain: Weight, offsets: Tensor | None) -> Tensor:
+        ctx.plain, ctx.offsets = plain, offsets
+        return linear(x, weight) if offsets is None else grouped_linear(x, weight, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        w, scale, offsets = ctx.plain.data, ctx.plain.scale, ctx.offsets
+        rows = grad.reshape(-1, grad.shape[-1])
+        values, scales = quantize_tiles(rows, w.dtype, ctx.plain.format == "fp8_ue8m0")
+        if offsets is None:
+            of_x = fp8_gemm(values, scales, w.T, scale.T, grad.dtype)
+        else:
+            of_x = grouped_fp8_gemm(values, scales, w.mT, scale.mT, offsets, grad.dtype)
+        return of_x.view(*grad.shape[:-1], of_x.shape[-1]), None, None, None
 
 
 class Linear(nn.Module):
@@ -53,6 +85,14 @@ class Linear(nn.Module):
             return self.weight.to(dtype)
         return dequantize_blocks(self.weight, self.weight_scale_inv, dtype)
 
+    def merged(self) -> Tensor:
+        """The weight as a checkpoint stores it, in the dtype of `weight` or, where an adapter was added, float32."""
+        return self.weight
+
+    def stamp(self) -> Stamp:
+        """What `dequantized` is made of, for whoever keeps something derived from it."""
+        return ((self.weight, version(self.weight)),)
+
     def _plain(self, dtype: torch.dtype) -> Weight:
         if self.weight_scale_inv is not None:
             return Weight(self.weight, self.weight_scale_inv, "fp8_ue8m0" if self.power_of_two_scales else "fp8")
@@ -62,16 +102,21 @@ class Linear(nn.Module):
         """The weight as the op takes it.
 
         Float weights follow the activations' dtype: float32 masters train in bfloat16.
-        A packed weight that is no longer this weight, or not for this dtype, or to be trained, is passed over.
+        A packed weight that is no longer this weight, or not for this dtype, or asked for a gradient, is passed over.
         """
-        if self._packed is not None and not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if self._packed is not None and not self._differentiates(x):
             packed, source, written = self._packed
             same_dtype = self.weight_scale_inv is not None or self.weight.dtype == x.dtype
             if source is self.weight and written == version(source) and same_dtype:
                 return packed
         return self._plain(x.dtype)
 
+    def _differentiates(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale_inv is not None and self._differentiates(x):
+            return _FrozenFp8.apply(x, self.for_input(x), self._plain(x.dtype), None)
         return linear(x, self.for_input(x))
 
 
@@ -79,6 +124,8 @@ class GroupedLinear(Linear):
     """One matrix per expert [E, N, K]: x [R, K], sorted by expert at `offsets` i32 [E + 1] -> [R, N]."""
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        if self.weight_scale_inv is not None and self._differentiates(x):
+            return _FrozenFp8.apply(x, self.for_input(x), self._plain(x.dtype), offsets)
         return grouped_linear(x, self.for_input(x), offsets)
 
 

@@ -15,7 +15,7 @@ from ..ops.gemm import batched_gemm
 from ..ops.general import rope
 from ..ops.mla import mla_attention
 from .config import ModelConfig
-from .linear import Linear, version
+from .linear import Linear, Stamp, same
 from .norm import LATENT_NORM_EPS, RMSNorm
 from .rope import softmax_scale
 from .step import Step
@@ -48,7 +48,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
         self.kv_b_proj = matrix(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
         self.o_proj = matrix(hidden, heads * config.v_head_dim)
-        self._absorb: tuple[Tensor, int, Tensor, Tensor] | None = None
+        self._absorb: tuple[Stamp, Tensor, Tensor] | None = None
 
     def refresh(self) -> None:
         """Forget what was made of an earlier state of the weights."""
@@ -113,16 +113,16 @@ class MLA(nn.Module):
 
     def _expansions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_b_proj cut into the keys' part [H, R, n] and the values' [H, v, R]; kept while no gradient is wanted."""
-        weight, c = self.kv_b_proj.weight, self.config
+        c = self.config
         keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if keep and self._absorb is not None:
-            source, written, up_k, up_v = self._absorb
-            if source is weight and written == version(weight) and up_k.dtype == dtype:
+            stamp, up_k, up_v = self._absorb
+            if same(stamp, self.kv_b_proj.stamp()) and up_k.dtype == dtype:
                 return up_k, up_v
         heads = self.kv_b_proj.dequantized(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
         up_k, up_v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         up_k = up_k.transpose(1, 2)
         if keep:
             up_k, up_v = up_k.contiguous(), up_v.contiguous()
-            self._absorb = weight, version(weight), up_k, up_v
+            self._absorb = self.kv_b_proj.stamp(), up_k, up_v
         return up_k, up_v

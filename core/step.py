@@ -46,7 +46,8 @@ def packed(
     lengths: Sequence[int], starts: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, int]:
     """Positions i64 [T], cu_seqlens i32 [B+1] and the longest length of runs of new tokens that begin at `starts`."""
-    starts = starts or [0] * len(lengths)
-    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    cu_seqlens = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
-    return positions.to(device), cu_seqlens.to(device), max(lengths)
+    counts = torch.tensor(lengths)
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    offsets = -cu_seqlens[:-1] if starts is None else torch.tensor(starts) - cu_seqlens[:-1]
+    positions = torch.arange(int(cu_seqlens[-1])) + offsets.repeat_interleave(counts)
+    return positions.to(device), cu_seqlens.to(torch.int32).to(device), max(lengths)

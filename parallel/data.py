@@ -22,11 +22,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class DataParallel:
-    """One process of a data-parallel group. Use as a context manager; leaving it ends the group."""
+    """One process of a data-parallel group. Use as a context manager; leaving it ends the group if it began it.
+
+    begun: whether this one did; within a run that joined the group already, a further one shares it.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = CPU
+    begun: bool = False
 
     @classmethod
     def start(cls, device: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> "DataParallel":
@@ -43,9 +47,10 @@ class DataParallel:
                 )
             where = torch.device("cuda", local)
             torch.cuda.set_device(where)
-        if not dist.is_initialized():
+        begun = not dist.is_initialized()
+        if begun:
             dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=timeout)
-        return cls(rank, world_size, where)
+        return cls(rank, world_size, where, begun)
 
     def __enter__(self) -> "DataParallel":
         return self
@@ -53,7 +58,7 @@ class DataParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if dist.is_initialized():
+        if self.begun and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

@@ -123,6 +123,14 @@ class TrainingRun(ABC):
         """Write the model as it is in the Hugging Face format."""
         save_pretrained(self.model, self.model.config, target, also=self.tokenizer.save)
 
+    def advice(self, target: Path) -> str:
+        """How to use the finished model; ends the last line that a run says."""
+        return f"; try: dsv3 generate {target} --prompt TEXT"
+
+    def draw_log(self) -> None:
+        """Draw the pictures of the finished run."""
+        draw(read_metrics(self.directory / METRICS), self.directory)
+
     # The loop.
 
     def run(self) -> Path | None:
@@ -247,11 +255,11 @@ class TrainingRun(ABC):
         """Pictures, and the model in the Hugging Face format."""
         target = self.directory / "model"
         if self.parallel.is_main:
-            draw(read_metrics(self.directory / METRICS), self.directory)
+            self.draw_log()
             self.save_model(target)
             if self.ema is not None:
-                with self.ema.applied(self.model.parameters()):
+                with self.ema.applied(self.optimizer.parameters):
                     self.save_model(self.directory / "model-ema")
-            self.progress.say(f"the model is in {target}; try: dsv3 generate {target} --prompt TEXT")
+            self.progress.say(f"the model is in {target}{self.advice(target)}")
         self.parallel.barrier()
         return target

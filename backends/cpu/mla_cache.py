@@ -103,16 +103,17 @@ def _whole_batch(
     """All sequences padded to the longest, one call: for many short contexts, where calls cost more than arithmetic."""
     B, S, H, D = q.shape
     page, longest = pages.shape[1], int(lens.max())
-    used = -(-longest // page)
-    in_use = torch.arange(used) * page < lens[:, None]
-    rows = pages[torch.where(in_use, table[:, :used], 0)].flatten(1, 2)[:, :longest]
-    latent = _read_latent(rows, kv_lora_rank, q.dtype)
     token = torch.arange(longest)
-    latent = latent.masked_fill((token >= lens[:, None])[..., None], 0.0)  # stale rows may be NaN
+    slots = (table.long() * page).index_select(1, token // page).add_(token % page)  # [B, longest]
+    # What lies behind a sequence may be NaN, and 0 x NaN is NaN: its own first token stands there instead.
+    slots = torch.where(token < lens[:, None], slots, slots[:, :1].where(lens[:, None] > 0, 0))
+    rows = pages.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, (B, longest))
+    latent = _read_latent(rows, kv_lora_rank, q.dtype)
     seen = lens[:, None] - S + 1 + torch.arange(S)  # [B, S]
     hidden = token >= seen[..., None]  # [B, S, longest]
     mask = torch.zeros(B, S, longest, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
-    mask = mask.repeat_interleave(H, 1)[:, None]
+    mask = mask.expand(B, H, longest) if S == 1 else mask.repeat_interleave(H, 1)
+    mask = mask[:, None]
     out, lse = _flash(q.view(B, 1, S * H, D), latent[:, None], latent[:, None], 0.0, False, attn_mask=mask, scale=scale)
     out, lse, nothing = out.view(B, S, H, D), lse.view(B, S, H), (seen <= 0)[..., None]
     return out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, float("-inf"))

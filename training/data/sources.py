@@ -3,22 +3,16 @@
 A source yields documents, in the same order every time. Binary files are skipped and counted, not guessed at.
 """
 
-import gzip
-import importlib
-import io
-import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...errors import UserError
+from .records import RECORDS, library, read_records
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".bin", ".npy")
 HUGGING_FACE = "hf:"
 SNIFFED_BYTES = 8192
@@ -54,11 +48,11 @@ def open_source(name: str, location: str | Path, text_field: str = "text") -> So
         return HuggingFaceSource(name, location.removeprefix(HUGGING_FACE), text_field)
     path = Path(location).expanduser()
     if path.is_dir():
-        return FileSource(name, path, _files_below(path), text_field)
+        return FileSource(name, path, files_below(path), text_field)
     if not path.is_file():
         raise UserError(f"source '{name}': {path} does not exist; give a folder, a file or hf:OWNER/NAME")
     suffix = path.name.lower()
-    if not suffix.endswith((*JSON_LINES, ".parquet")) and (suffix.endswith(ARCHIVES) or _text_of(path) is None):
+    if not suffix.endswith(RECORDS) and (suffix.endswith(ARCHIVES) or _text_of(path) is None):
         raise UserError(
             f"source '{name}': {path} has an unknown format; give text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
         )
@@ -80,20 +74,16 @@ class FileSource:
         self.skipped.clear()
         for path in self.files:
             where = path.relative_to(self.root).as_posix()
-            suffix = path.name.lower()
-            if suffix.endswith(JSON_LINES):
-                records = _json_lines(path, self.text_field)
-            elif suffix.endswith(".parquet"):
-                records = _parquet(path, self.text_field)
-            else:
-                text = _text_of(path)
-                if text is None:
-                    self.skipped["binary"] += 1
-                else:
-                    yield Document(where, text)
+            if path.name.lower().endswith(RECORDS):
+                records = read_records(path, [self.text_field], "; set text_field")
+                for number, (place, record) in enumerate(records):
+                    yield Document(f"{where}:{number}", _field(record, self.text_field, place))
                 continue
-            for number, text in enumerate(records):
-                yield Document(f"{where}:{number}", text)
+            text = _text_of(path)
+            if text is None:
+                self.skipped["binary"] += 1
+            else:
+                yield Document(where, text)
 
 
 class HuggingFaceSource:
@@ -102,7 +92,7 @@ class HuggingFaceSource:
     def __init__(self, name: str, spec: str, text_field: str = "text"):
         self.name, self.text_field, self.skipped = name, text_field, Counter[str]()
         self.dataset, self.config, self.split = (*spec.split(":"), "", "")[:3]
-        self._datasets = _library("datasets", f"source '{name}' ({HUGGING_FACE}{spec})")
+        self._datasets = library("datasets", f"source '{name}' ({HUGGING_FACE}{spec})")
 
     def describe(self) -> Any:
         return [self.dataset, self.config, self.split, self.text_field]
@@ -150,7 +140,7 @@ def file_stamps(root: Path, files: Sequence[Path]) -> list[list[Any]]:
     return stamps
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     """All files below, sorted; hidden ones (.git) and Python's caches are no data."""
     files = []
     for path, folders, names in os.walk(folder):
@@ -171,45 +161,6 @@ def _text_of(path: Path) -> str | None:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    number = 0
-    try:
-        with _open_compressed(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _field(json.loads(line), field, f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove the line") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read beyond line {number} ({error}); the file is damaged") from error
-
-
-def _open_compressed(path: Path) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix.lower() == ".zst":
-        # Of the two decoders at hand, only Arrow's reports a truncated stream.
-        arrow = _library("pyarrow", str(path))
-        return io.TextIOWrapper(arrow.CompressedInputStream(str(path), "zstd"), encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    parquet, arrow = _library("pyarrow.parquet", str(path)), _library("pyarrow", str(path))
-    try:
-        with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path}: no column '{field}' (found: {columns}); set text_field")
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for record in batch.to_pylist():
-                    yield _field(record, field, f"{path}, row {row}")
-                    row += 1
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-
-
 def _field(record: Any, field: str, where: str) -> str:
     if not isinstance(record, dict) or field not in record:
         found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -217,11 +168,3 @@ def _field(record: Any, field: str, where: str) -> str:
     if not isinstance(record[field], str):
         raise UserError(f"{where}: field '{field}' is {type(record[field]).__name__}, not text; set text_field")
     return str(record[field])
-
-
-def _library(name: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise UserError(f"{what} needs the package '{package}': pip install {package}") from error

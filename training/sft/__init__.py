@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: `dsv3 train sft`."""
