@@ -1,0 +1,1 @@
+"""Reinforcement learning with GRPO: rollouts, rewards, advantages within groups, and the clipped policy update."""
