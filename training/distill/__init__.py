@@ -1,0 +1,1 @@
+"""Distillation: a student learns from what a teacher writes, or from the teacher's probabilities."""
