@@ -1,0 +1,1 @@
+"""Benchmarks, their protocols, and reports that stand beside the published numbers."""
