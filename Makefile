@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help quickstart test check lint types test-long test-gpu clean
+.PHONY: help quickstart test check lint types test-long test-peers test-gpu clean
 
 help:
 	@echo 'make quickstart  train a small DeepSeek-V3 on the text and code of this machine, and talk to it'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint        ruff'
 	@echo 'make types       mypy'
 	@echo 'make test-long   the tests that are too slow for make test'
+	@echo 'make test-peers  the tests that compare with TRL and lm-eval'
 	@echo 'make test-gpu    the tests on a GPU; skipped where there is none'
 	@echo 'make clean       remove .venv, caches and build outputs; runs/ stays'
 	@echo 'ARGS="..." is handed on, PYTHON=python3.12 chooses the interpreter of a new .venv.'
@@ -29,10 +30,10 @@ quickstart: $(VENV)/.train
 	env -u OMP_NUM_THREADS $(BIN)/dsv3 quickstart $(ARGS)
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not long and not gpu" $(ARGS)
+	$(PYTEST) -m "not long and not gpu and not peer" $(ARGS)
 
 check: lint types $(VENV)/.dev
-	$(PYTEST) -m "not slow and not long and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not gpu and not peer" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -45,6 +46,9 @@ types: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m "long and not gpu" $(ARGS)
+
+test-peers: $(VENV)/.peers
+	$(PYTEST) -m "peer and not long and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu $(ARGS)
@@ -63,4 +67,5 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	    || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
-	@if [ $* = dev ]; then touch $(VENV)/.train; fi  # dev includes it
+	@if [ $* = peers ]; then touch $(VENV)/.dev; fi  # includes dev, which
+	@if [ $* != train ]; then touch $(VENV)/.train; fi  # includes train

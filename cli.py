@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import UserError
+from .eval_verb import add_eval
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
 
@@ -128,7 +129,7 @@ def add_chat(verbs: Verbs) -> None:
 
 def add_quickstart(verbs: Verbs) -> None:
     help = "Train a small DeepSeek-V3 on the text and code of this machine, and show what it writes."
-    parser = verbs.add("quickstart", "training.quickstart:run", help)
+    parser = verbs.add("quickstart", "quickstart.stages:run", help)
     help = "folder for all that it leaves (default %(default)s); a run that was interrupted there goes on"
     parser.add_argument("--out", default="runs/quickstart", metavar="DIR", help=help)
     parser.add_argument("--seed", type=int, metavar="S", help="another seed gives another model (default 0)")
@@ -139,7 +140,9 @@ def add_quickstart(verbs: Verbs) -> None:
 
 def add_train(verbs: Verbs) -> None:
     parser = verbs.add("train", "training.verbs:run", "Train a model. Under torchrun, on several processes.")
-    parser.add_argument("stage", choices=("pretrain",), metavar="STAGE", help="%(choices)s")
+    parser.add_argument(
+        "stage", choices=("pretrain", "sft", "grpo", "distill", "r1"), metavar="STAGE", help="%(choices)s"
+    )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of a shipped one")
     help = "settings over those of the file, such as optim.lr=1e-3"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help)
@@ -156,7 +159,15 @@ def add_data(verbs: Verbs) -> None:
     add_json(parser)
 
 
-VERBS: tuple[Callable[[Verbs], None], ...] = (add_quickstart, add_data, add_train, add_doctor, add_generate, add_chat)
+VERBS: tuple[Callable[[Verbs], None], ...] = (
+    add_quickstart,
+    add_data,
+    add_train,
+    add_eval,
+    add_doctor,
+    add_generate,
+    add_chat,
+)
 
 
 def build_parser() -> Parser:
@@ -192,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if "run" not in args:
         parser.print_help(sys.stderr)
         return 2

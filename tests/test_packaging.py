@@ -107,11 +107,12 @@ def needed(requirements: list[str]) -> set[str]:
     return {name for name, _ in found} - {"dsv3"}
 
 
-def test_the_constraints_pin_everything_that_development_pulls_in():
+@pytest.mark.parametrize("extra", ["dev", pytest.param("peers", marks=pytest.mark.peer)])
+def test_the_constraints_pin_everything_that_development_pulls_in(extra: str):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     assert all(str(pin.specifier).startswith("==") and "+" not in str(pin.specifier) for pin in pins)
     # What an accelerator build of torch brings is pinned by torch itself.
     of_torch = ("nvidia-", "cuda-", "triton", "pytorch-triton")
-    wanted = {name for name in needed(["dsv3[train,dev]"]) if not name.startswith(of_torch)}
+    wanted = {name for name in needed([f"dsv3[{extra}]"]) if not name.startswith(of_torch)}
     assert wanted - {canonicalize_name(pin.name) for pin in pins} == set()

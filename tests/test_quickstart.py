@@ -1,11 +1,13 @@
 """The quickstart as a person meets it: what it leaves, what it says, and how it goes on after it was stopped."""
 
 import argparse
+import html
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,36 @@ import torch
 from dsv3 import UserError, backends, cli
 from dsv3.core.model import DeepseekV3
 from dsv3.core.tokenizer import Tokenizer
-from dsv3.training import quickstart, quickstart_folder
+from dsv3.quickstart import arithmetic, base, folder, measure, reasoning, stages
 from dsv3.training.config import PretrainConfig
 from dsv3.training.data.sources import Document, MemorySource
 from dsv3.training.metrics import read_metrics
-from dsv3.training.pretrain import Pretraining, pretrain
+from dsv3.training.pretrain import Pretraining
+from dsv3.training.verbs import STAGES
 
 VOCABULARY = 400
-TINY = (
+TINY_PRETRAIN = (
     "length=8 steps", "optim.lr=1e-2", "optim.warmup_steps=2", "batch.sequences=4", "batch.micro_batch=4",
     "data.seq_len=32", "eval.every=4", "eval.batches=2", "sample.every=0", "checkpoint.every=4",
     f"model.vocab_size={VOCABULARY}", "model.hidden_size=32", "model.intermediate_size=40",
-    "model.moe_intermediate_size=16", "model.num_hidden_layers=2", "model.max_position_embeddings=256",
+    "model.moe_intermediate_size=16", "model.num_hidden_layers=2", "model.max_position_embeddings=512",
 )  # fmt: skip
+
+
+TINY_STUDENT = (
+    "steps=3", "batch.samples=4", f"fresh.vocab_size={VOCABULARY}", "fresh.hidden_size=16",
+    "fresh.intermediate_size=24", "fresh.moe_intermediate_size=16", "fresh.num_hidden_layers=2",
+)  # fmt: skip
+# A model of this size is never right: all that it writes teaches the student, which is enough to see the stages work.
+TINY = {
+    "pretrain": TINY_PRETRAIN,
+    "sft": ("steps=3", "batch.samples=4"),
+    "grpo": ("length=2 steps", "prompts_per_step=2", "group_size=2", "rollout.max_tokens=6"),
+    "distill": (
+        "data.limit=8", "sampling.samples=1", "sampling.max_tokens=6", "rewards=[]", "filter.style=any",
+        "filter.language=0", *(f"student.{value}" for value in TINY_STUDENT),
+    ),
+}  # fmt: skip
 
 
 def sources() -> list[MemorySource]:
@@ -43,8 +62,24 @@ def nothing() -> list[MemorySource]:
     raise AssertionError("the machine is searched for text again")
 
 
-def train_here(settings: Path, processes: int, backend: str, folder: object) -> None:
-    pretrain(PretrainConfig.load(settings), backend)
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Questions and traces in dozens instead of thousands."""
+    for module, name, count in (
+        (reasoning, "TRACES", 60), (reasoning, "PROMPTS", 30), (reasoning, "MEASURED", 20),
+        (arithmetic, "TRANSCRIPTS", 200), (base, "TOKENIZER_TASKS", 100), (measure, "MAX_TOKENS", 8),
+    ):  # fmt: skip
+        patch.setattr(module, name, count)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        yield
+
+
+def train_here(kind: str, settings: Path, processes: int, backend: str, folder: object) -> None:
+    STAGES[kind].run(STAGES[kind].config().load(settings), backend)
 
 
 def train_nothing(*_: object) -> None:
@@ -53,7 +88,7 @@ def train_nothing(*_: object) -> None:
 
 def run(out: Path, **changes: object) -> dict:
     options = {"overrides": TINY, "sources": sources, "train": train_here, "backend": "cpu"} | changes
-    return quickstart.quickstart(out, **options)
+    return stages.quickstart(out, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,16 +121,17 @@ def test_the_report_has_the_figures_of_the_run(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     records = read_metrics(finished / "pretrain" / "metrics.jsonl")
     assert report["steps"] == 8 and report["tokens"] == 8 * 4 * 32
+    assert set(report["data"]) == {"code", "language", "sessions"}
     for name in ("code", "language"):
         values = report["bits_per_byte"][name]
         assert values["after"] == records[-1][f"validation/{name}"] < values["before"]
         assert report["data"][name]["train"]["tokens"] > 0
     assert report["expert_max_violation"]["peak"] == max(record["max_violation"] for record in records)
-    assert {"find", "tokenizer", "data", "pretrain", "model", "total"} <= report["seconds"].keys()
-    model = DeepseekV3.from_pretrained(finished / "model", backend="cpu")
+    assert set(report["seconds"]) == {*stages.USUAL, "total"} - {"report"}
+    model = DeepseekV3.from_pretrained(finished / "pretrain" / "model", backend="cpu")
     assert sum(report["parameters"].values()) == sum(parameter.numel() for parameter in model.parameters())
     prompts = [completion["prompt"] for completion in report["completions"]]
-    assert prompts == list(PretrainConfig.load(quickstart.SETTINGS).sample.prompts)
+    assert prompts == list(PretrainConfig.load(stages.SETTINGS).sample.prompts)
 
 
 def test_a_finished_one_is_left_as_it_is(finished: Path) -> None:
@@ -120,52 +156,88 @@ def test_transformers_computes_the_same_logits(finished: Path) -> None:
     assert theirs.dtype == torch.float32
 
 
+def test_measurements_are_told_as_they_were_made(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    for name in ("sft", "grpo", "student", "baseline"):
+        found = json.loads((finished / "measured" / f"{name}.json").read_text())
+        assert report["reasoning"][name] == found
+        assert found["greedy"]["accuracy"] == sum(found["right"]) / len(found["right"])
+        assert len(found["right"]) == found["greedy"]["problems"] == 20
+    for name, before in (("grpo", "sft"), ("student", "baseline")):
+        scores = [report["reasoning"][key]["greedy"]["accuracy"] for key in (name, before)]
+        assert report["gains"][name]["accuracy"] == pytest.approx(scores[0] - scores[1])
+    samples = [json.loads(line) for line in (finished / "zero" / "metrics.jsonl").read_text().splitlines()]
+    assert report["zero"]["samples"] == sum(2 * sample["groups"] for sample in samples) > 0
+
+
+def test_the_page_stands_alone_and_shows_what_was_written(finished: Path) -> None:
+    page, report = (finished / "report.html").read_text(), json.loads((finished / "report.json").read_text())
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == 3
+    for sample in report["reasoning"]["grpo"]["samples"]:
+        assert html.escape(sample["question"]) in page and html.escape(sample["text"]) in page
+
+
 def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-STAGES = ["_tokenizer", "_data", "_pretrain", "_model", "_report"]
+ORDER = (
+    (base.BaseModel, "tokenizer"), (base.BaseModel, "data"), (base.BaseModel, "pretrain"),
+    (reasoning.Reasoning, "tasks"), (reasoning.Reasoning, "zero"), (reasoning.Reasoning, "sft"),
+    (reasoning.Reasoning, "grpo"), (reasoning.Reasoning, "distill"), (reasoning.Reasoning, "baseline"),
+    (reasoning.Reasoning, "measure"), (reasoning.Reasoning, "evaluate"),
+    (stages.Quickstart, "_model"), (stages.Quickstart, "_report"),
+)  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_interrupted_before_a_stage_it_goes_on_from_there(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_interrupted_before_every_stage_it_goes_on_from_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(quickstart.Quickstart, stage, interrupted)
-        run(out)
-    before = STAGES.index(stage)
-    done = contents(out)
-    # Once there is data, the text of the machine no longer matters: packages may have been installed meanwhile.
-    run(out, sources=sources if before < 2 else nothing, train=train_here if before < 3 else train_nothing)
-    kept = contents(out)
-    changed = {name for name in done if done[name] != kept[name]}
-    assert changed <= {"quickstart.json"}  # the seconds of the stages
-    assert kept["model/model.safetensors"] == contents(finished)["model/model.safetensors"]
+    for number, (place, name) in enumerate(ORDER):
+        done = contents(out)
+        # Once there is data, the text of the machine no longer matters: packages may have been installed meanwhile.
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, interrupted)
+            run(out, sources=sources if number < 3 else nothing)
+        kept = contents(out)
+        assert {file for file in done if done[file] != kept[file]} <= {"quickstart.json"}, name  # seconds of stages
+    run(out, sources=nothing, train=train_nothing)
+    same = (
+        "model/model.safetensors",
+        "student/model/model.safetensors",
+        "measured/student.json",
+        "tasks/prompts.jsonl",
+    )
+    for file in same:
+        assert (out / file).read_bytes() == (finished / file).read_bytes(), file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "name"),
-    [(Tokenizer, "save"), (quickstart, "prepare"), (quickstart, "draw"), (quickstart, "draw_summary")],
-)
 def test_interrupted_within_a_stage_it_leaves_nothing_half_done(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, function = tmp_path / "out", getattr(place, name)
+    out = tmp_path / "out"
+    places: tuple[tuple[Any, str], ...] = (
+        (Tokenizer, "save"), (base, "prepare"), (reasoning, "write_rows"), (reasoning, "measure"),
+        (reasoning, "evaluate"),        (stages, "draw"), (stages, "draw_summary"), (stages, "write_page"),
+    )  # fmt: skip
+    for place, name in places:
+        function = getattr(place, name)
 
-    def torn(*args: object, **options: object) -> None:
-        function(*args, **options)
-        raise KeyboardInterrupt
+        def torn(*args: object, function: Any = function, **options: object) -> None:
+            function(*args, **options)
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(place, name, torn)
-        run(out)
-    assert leftovers(out) == []
-    run(out)
-    assert contents(out)["model/model.safetensors"] == contents(finished)["model/model.safetensors"]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, torn)
+            run(out)
+        assert leftovers(out) == [], name
+        assert not (out / "report.json").exists()
+    run(out, train=train_nothing)
+    assert (out / "model/model.safetensors").read_bytes() == (finished / "model/model.safetensors").read_bytes()
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(finished: Path, tmp_path: Path) -> None:
@@ -294,14 +366,15 @@ class TestWrongInput:
         assert contents(finished) == before
 
     def test_a_folder_in_use_is_not_worked_in(self, capsys, monkeypatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(quickstart_folder, "PATIENCE", 0.0)
-        with quickstart_folder.Folder(tmp_path / "out", 0, print):
+        monkeypatch.setattr(folder, "PATIENCE", 0.0)
+        with folder.Folder(tmp_path / "out", 0, print):
             assert "another quickstart is at work there" in fails(capsys, "--out", tmp_path / "out")
 
 
 def test_a_model_that_does_not_learn_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has not learnt: held-out code takes \d.* --seed"):
-        run(tmp_path / "out", overrides=[*TINY, "optim.lr=1e-20", "optim.weight_decay=0", "balance.gamma=0"])
+        nothing_learnt = [*TINY_PRETRAIN, "optim.lr=1e-20", "optim.weight_decay=0", "balance.gamma=0"]
+        run(tmp_path / "out", overrides=TINY | {"pretrain": nothing_learnt})
     assert not (tmp_path / "out" / "model").exists()
 
 
@@ -312,6 +385,7 @@ def test_the_same_again_as_json(capsys: pytest.CaptureFixture[str], finished: Pa
 
 if __name__ == "__main__":
     # What the command line runs, on the tiny settings. The processes of the run import the package alone.
-    quickstart.quickstart = partial(quickstart.quickstart, overrides=TINY, sources=sources)
+    shrink(pytest.MonkeyPatch())
+    stages.quickstart = partial(stages.quickstart, overrides=TINY, sources=sources)
     options = {"out": sys.argv[1], "processes": int(sys.argv[2]), "seed": None, "backend": "cpu", "json": False}
-    sys.exit(quickstart.run(argparse.Namespace(**options)))
+    sys.exit(stages.run(argparse.Namespace(**options)))

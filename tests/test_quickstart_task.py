@@ -1,0 +1,90 @@
+"""The quickstart's task: nothing held out is trained on, every trace is right, and every legal reply fits."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3.core.encoding import encode_chat
+from dsv3.core.tokenizer import Tokenizer
+from dsv3.grading.formats import r1_format
+from dsv3.grading.language import language_share
+from dsv3.quickstart import arithmetic, reasoning
+from dsv3.quickstart.arithmetic import chains, cold_start, problems, texts_for_tokenizer, transcripts
+from dsv3.quickstart.measure import MAX_TOKENS
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def test_chains_are_all_there_are_and_never_fall_below_zero():
+    found = {chain.text: chain for chain in chains()}
+    for text, chain in found.items():
+        assert int(chain.answer) == eval(text)
+        prefixes = re.findall(r"[+-]?\d", text)
+        assert all(eval("".join(prefixes[:count])) >= 0 for count in range(1, len(prefixes) + 1))
+        assert [step.split("=")[1] for step in chain.steps()][-1] == chain.answer
+    two = [text for text in found if len(text) == 3]
+    assert len(two) == 9 * 9 + sum(range(1, 10))  # a+b, and a-b with b <= a
+    assert reasoning.MEASURED <= sum(chain.held_out for chain in chains()) < len(found) / 4
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_what_is_held_out_is_in_no_training_data(seed: int):
+    held_out = {problem.chain.text for problem in problems(reasoning.MEASURED, True, seed)}
+    assert len(held_out) == reasoning.MEASURED
+    trained = {problem.chain.text for problem in problems(300, False, seed)}
+    assert not held_out & trained
+    kept = {chain.text for chain in chains() if chain.held_out}
+    for row in cold_start(100, seed):
+        question = row["messages"][0]["content"]
+        found = re.search(r"\d([+-]\d)+", question)
+        assert found is None or found.group() not in kept
+
+
+def test_no_line_of_a_session_is_held_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(arithmetic, "TRANSCRIPTS", 300)
+    kept = {chain.text for chain in chains() if chain.held_out}
+    for document in transcripts(0).documents():
+        for prompt, answer in re.findall(r">>> (.*)\n(?!>>>)(.*)\n", document.text):
+            assert prompt.replace(" ", "") not in kept
+            if re.fullmatch(r"[\d+-]+", prompt):
+                assert eval(prompt) == int(answer)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_traces_are_right_well_formed_and_of_both_styles(seed: int):
+    mixed = stepwise = chinese = 0
+    rows = cold_start(200, seed)
+    for row in rows:
+        question, reply = (message["content"] for message in row["messages"])
+        thought = row["messages"][1]["reasoning_content"]
+        assert r1_format(f"<think>\n{thought}\n</think>\n\n{reply}")
+        assert re.findall(r"\d+", thought)[-1] == reply
+        for left, right in re.findall(r"(\d+[+-]\d)=(\d+)", thought):
+            assert eval(left) == int(right)
+        stepwise += "=" in thought
+        if re.search("[\u4e00-\u9fff]", question):
+            chinese += 1
+            mixed += language_share(thought, "zh", 0.5) == 0
+    assert 0.3 < stepwise / len(rows) < 0.6
+    assert 0.2 < chinese / len(rows) < 0.6
+    assert 0.2 < mixed / chinese < 0.8
+
+
+def test_the_longest_legal_reply_fits_where_replies_are_sampled_and_measured(tmp_path: Path):
+    """A shorter limit reads as bad form, and teaches the model brevity instead of thought."""
+    # The quickstart's tokenizer has learnt code besides, and so fewer of the words here: one of bytes and digits alone
+    # would be the worst case, and four times as many tokens. The real one is checked by the run itself, in truncated.
+    tokenizer = Tokenizer.train([*texts_for_tokenizer(3000, 0)], 2048, single_digits=True)
+    lengths = []
+    for problem in problems(1000, False, 0):
+        for language in ("en", "zh"):
+            trace = problem.trace(True, language)["messages"]
+            prompt = encode_chat(trace[:1], "r1")
+            whole = encode_chat(trace, "r1")
+            lengths.append(len(tokenizer.encode_segments(whole)) - len(tokenizer.encode_segments(prompt)))
+    assert max(lengths) < MAX_TOKENS
