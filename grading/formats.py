@@ -10,7 +10,7 @@ from .answers import ANSWER, CONTROL, END_ANSWER, END_THINK, THINK
 
 _R1 = re.compile(rf"{THINK}(?P<thought>.*){END_THINK}(?P<answer>.*)", re.DOTALL)
 _R1_ZERO = re.compile(
-    rf"{THINK}(?P<thought>.*){END_THINK}\s*{ANSWER}(?P<answer>.*){END_ANSWER}\s*",
+    rf"\s*{THINK}(?P<thought>.*){END_THINK}\s*{ANSWER}(?P<answer>.*){END_ANSWER}\s*",
     re.DOTALL,
 )
 
@@ -21,7 +21,8 @@ def r1_format(text: str) -> bool:
 
 
 def r1_zero_format(text: str) -> bool:
-    """`<think>a thought</think> <answer>an answer</answer>` and nothing else: the template of R1-Zero."""
+    """`<think>a thought</think> <answer>an answer</answer>` and nothing else: the template of R1-Zero, behind whose
+    "Assistant:" a base model writes a space first."""
     return _fits(_R1_ZERO, (THINK, END_THINK, ANSWER, END_ANSWER), text)
 
 

@@ -1,10 +1,10 @@
 """The task that the quickstart reasons about: chains of three digits with + and -, in English and Chinese.
 
 A demonstration has to be learnt in a minute by two million parameters, so the task is small and everything about it is
-known: every problem, its answer, and which quarter of all chains nobody is trained on. The cold-start traces have two
-styles: step by step, or straight to an answer that a model of this size mostly gets wrong; and half of the Chinese
-questions are thought about in English. What reinforcement can then improve is which style and which language the model
-chooses.
+known: every problem, its answer, and which quarter of all chains nobody is trained on. The cold-start traces have
+three styles: straight to an answer, which a model of this size mostly gets wrong; step by step; and an attempt that is
+checked step by step and corrected. Half of the Chinese questions are thought about in English. What reinforcement can
+then improve is which style and which language the model chooses.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from ..training.data.sources import Document, MemorySource
 
 HELD_OUT = 4  # one chain in so many
 SALT = "held out of the quickstart, second split"
-STEP_BY_STEP = 0.45  # of the cold-start traces; with all of them so, there is nothing left to choose by reinforcement
+STYLES = {"direct": 0.5, "steps": 0.4, "checked": 0.1}  # with all steps, reinforcement finds nothing left to choose
+RIGHT_ATTEMPT = 0.25  # of the attempts that are checked; about as often as a direct answer of the model is right
 CHINESE = 0.4  # of the questions
 ENGLISH_THOUGHT = 0.5  # of the Chinese questions in the cold-start traces
 TRANSCRIPTS = 4000
@@ -85,24 +86,26 @@ class Problem:
             "chain": self.chain.text,
         }
 
-    def thought(self, step_by_step: bool, language: str) -> str:
-        if language == "zh":
-            steps = self.chain.steps() if step_by_step else []
-            return "".join(f"{'再' if i else '先'}算{step}，" for i, step in enumerate(steps)) + (
-                f"所以是{self.chain.answer}"
+    def thought(self, language: str, steps: bool, attempt: str | None = None) -> str:
+        """`so 4? first 3+8=11, then 11-5=6, so 6`, without the attempt or the steps where they are not wanted."""
+        chinese = language == "zh"
+        operations = self.chain.steps() if steps else []
+        if chinese:
+            return (
+                (f"所以是{attempt}？" if attempt else "")
+                + "".join(f"{'再' if i else '先'}算{operation}，" for i, operation in enumerate(operations))
+                + f"所以是{self.chain.answer}"
             )
-        steps = self.chain.steps() if step_by_step else []
-        return "".join(f"{'then' if i else 'first'} {step}, " for i, step in enumerate(steps)) + (
-            f"so {self.chain.answer}"
+        return (
+            (f"so {attempt}? " if attempt else "")
+            + "".join(f"{'then' if i else 'first'} {operation}, " for i, operation in enumerate(operations))
+            + f"so {self.chain.answer}"
         )
 
-    def trace(self, step_by_step: bool, language: str) -> dict[str, Any]:
+    def trace(self, language: str, steps: bool, attempt: str | None = None) -> dict[str, Any]:
         """As a line of chat data."""
-        reply = {
-            "role": "assistant",
-            "reasoning_content": self.thought(step_by_step, language),
-            "content": self.chain.answer,
-        }
+        thought = self.thought(language, steps, attempt)
+        reply = {"role": "assistant", "reasoning_content": thought, "content": self.chain.answer}
         return {"messages": [{"role": "user", "content": self.question}, reply]}
 
 
@@ -115,13 +118,14 @@ def problems(count: int, held_out: bool, seed: int) -> list[Problem]:
 
 
 def cold_start(count: int, seed: int) -> list[dict[str, Any]]:
-    """Correct traces of both styles, as rows of chat data."""
+    """Traces of all styles, as rows of chat data; every one ends with the right answer."""
     draw = random.Random(f"cold start {seed}")
     rows = []
     for problem in problems(count, False, seed + 1_000_000):
-        step_by_step = draw.random() < STEP_BY_STEP
+        (style,) = draw.choices(list(STYLES), list(STYLES.values()))
         mixed = problem.language == "zh" and draw.random() < ENGLISH_THOUGHT
-        rows.append(problem.trace(step_by_step, "en" if mixed else problem.language))
+        attempt = _attempt(problem.chain, draw) if style == "checked" else None
+        rows.append(problem.trace("en" if mixed else problem.language, style != "direct", attempt))
     return rows
 
 
@@ -150,7 +154,16 @@ def texts_for_tokenizer(count: int, seed: int) -> Iterator[str]:
     """Questions and thoughts, so that the tokenizer learns their words, the Chinese ones above all."""
     draw = random.Random(f"tokenizer {seed}")
     for problem in problems(count, False, seed):
-        yield problem.question + "\n" + problem.thought(draw.random() < 0.5, problem.language)
+        attempt = _attempt(problem.chain, draw) if draw.random() < 0.2 else None
+        yield problem.question + "\n" + problem.thought(problem.language, True, attempt)
+
+
+def _attempt(chain: Chain, draw: random.Random) -> str:
+    """A first answer, off by a few where it is wrong."""
+    right = int(chain.answer)
+    if draw.random() < RIGHT_ATTEMPT:
+        return str(right)
+    return str(draw.choice([right + off for off in (-3, -2, -1, 1, 2, 3) if right + off >= 0]))
 
 
 def _ask(chain: Chain, draw: random.Random) -> Problem:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..core.tokenizer import Tokenizer
 from ..grading.answers import exact
 from ..grading.formats import r1_format
 from ..grading.language import language_share
+from ..grading.reflection import Reflection
 from ..grading.statistics import wilson
 from .arithmetic import Problem
 
@@ -28,9 +30,11 @@ def measure(directory: Path, problems: Sequence[Problem], seed: int) -> dict[str
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=seed)
     warm = [replace(greedy, temperature=1.0, seed=seed + i) for i in range(len(problems))]
     replies = completer.complete(conversations, greedy)
+    sampled = completer.complete(conversations, warm)
     return {
         "greedy": scores(problems, replies),
-        "temperature 1": scores(problems, completer.complete(conversations, warm)),
+        "temperature 1": scores(problems, sampled),
+        "reflection": {"greedy": reflection(problems, replies), "temperature 1": reflection(problems, sampled)},
         "right": [float(is_right(problem, reply)) for problem, reply in zip(problems, replies, strict=True)],
         "samples": [
             {"question": problem.question, "answer": problem.chain.answer, "text": reply.text, "right": right}
@@ -42,6 +46,15 @@ def measure(directory: Path, problems: Sequence[Problem], seed: int) -> dict[str
 
 def is_right(problem: Problem, reply: Reply) -> bool:
     return reply.finish_reason == "stop" and exact(reply.content.strip(), problem.chain.answer)
+
+
+def reflection(problems: Sequence[Problem], replies: Sequence[Reply]) -> dict[str, Any]:
+    """First answers of the thoughts against final ones, and what share of the thoughts goes step by step."""
+    found = Reflection()
+    for problem, reply in zip(problems, replies, strict=True):
+        found.add(reply.text, partial(exact, gold=problem.chain.answer))
+    stepwise = sum("=" in reply.reasoning for reply in replies)
+    return found.report() | {"step_by_step": stepwise / len(replies)}
 
 
 def scores(problems: Sequence[Problem], replies: Sequence[Reply]) -> dict[str, Any]:

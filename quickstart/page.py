@@ -37,6 +37,7 @@ def write_page(report: dict[str, Any], logs: Mapping[str, Records], out: Path) -
         _figure(3, lambda axes: _reinforcement(axes, logs["grpo"])),
         _table(report, ("sft", "grpo")),
         _meaning(report),
+        _reflection(report),
         _zero(report),
         "<h2>The same questions, before and after</h2>",
         _samples(report["reasoning"]["sft"]["samples"], report["reasoning"]["grpo"]["samples"]),
@@ -157,11 +158,30 @@ def _meaning(report: dict[str, Any]) -> str:
     count = report["reasoning"]["grpo"]["greedy"]["problems"]
     return (
         f'<p class="note">GRPO gained {_gain(report["gains"]["grpo"])} on {count} problems whose chains occur in no '
-        "training data. <b>What the gain is:</b> more than half of the cold-start traces jump to an answer, which this "
+        "training data. <b>What the gain is:</b> half of the cold-start traces jump to an answer, which this "
         "model mostly gets wrong, and half of the Chinese questions are thought about in English. Reinforcement found "
         "out that going step by step pays, and in the language of the question. It taught no new arithmetic: with "
         "traces that all go step by step, SFT alone would end as high, and GRPO would add nothing. Greedy decoding "
         "flatters the gain; the column T = 1 is the soberer one.</p>"
+    )
+
+
+def _reflection(report: dict[str, Any]) -> str:
+    rows = []
+    for key in ("sft", "grpo"):
+        found = report["reasoning"][key]["reflection"]["temperature 1"]
+        cells = [found[name] for name in ("right_right", "wrong_right", "right_wrong")]
+        cells += [found["wrong_wrong_same"] + found["wrong_wrong_changed"], f"{found['step_by_step']:.0%}"]
+        rows.append(f"<tr><th>{NAMES[key]}</th>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+    heads = "".join(
+        f'<th class="n">{name}</th>'
+        for name in ("right → right", "wrong → right", "right → wrong", "wrong → wrong", "step by step")
+    )
+    return (
+        "<p>Does it correct itself? The first answer that a thought names against the last one, sampled at T = 1. A "
+        "tenth of the cold-start traces makes an attempt, checks it and corrects it; what is wrong → right below are "
+        "such corrections.</p>"
+        f"<table><thead><tr><th></th>{heads}</tr></thead>{''.join(rows)}</table>"
     )
 
 

@@ -226,7 +226,7 @@ GOOD_ZERO = "<think> 3+8=11 </think> <answer> 11 </answer>"
 
 def test_the_two_formats():
     assert r1_format(GOOD) and not r1_zero_format(GOOD)
-    assert r1_zero_format(GOOD_ZERO) and r1_zero_format(GOOD_ZERO + "\n")
+    assert all(r1_zero_format(text) for text in (GOOD_ZERO, GOOD_ZERO + "\n", " " + GOOD_ZERO))
 
 
 @pytest.mark.parametrize(

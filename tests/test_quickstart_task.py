@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.core.encoding import encode_chat
 from dsv3.core.tokenizer import Tokenizer
+from dsv3.grading.answers import exact
 from dsv3.grading.formats import r1_format
 from dsv3.grading.language import language_share
+from dsv3.grading.reflection import Reflection
 from dsv3.quickstart import arithmetic, reasoning
 from dsv3.quickstart.arithmetic import chains, cold_start, problems, texts_for_tokenizer, transcripts
 from dsv3.quickstart.measure import MAX_TOKENS
+from dsv3.training.chat_data import ChatRow, encode_example
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -25,8 +27,10 @@ def test_chains_are_all_there_are_and_never_fall_below_zero():
         prefixes = re.findall(r"[+-]?\d", text)
         assert all(eval("".join(prefixes[:count])) >= 0 for count in range(1, len(prefixes) + 1))
         assert [step.split("=")[1] for step in chain.steps()][-1] == chain.answer
-    two = [text for text in found if len(text) == 3]
-    assert len(two) == 9 * 9 + sum(range(1, 10))  # a+b, and a-b with b <= a
+    assert {len(text) for text in found} == {5}
+    wanted = (f"{a}{s}{b}{t}{c}" for a in range(1, 10) for s in "+-" for b in range(1, 10) for t in "+-"
+              for c in range(1, 10))  # fmt: skip
+    assert set(found) == {text for text in wanted if eval(text[:3]) >= 0 and eval(text) >= 0}
     assert reasoning.MEASURED <= sum(chain.held_out for chain in chains()) < len(found) / 4
 
 
@@ -44,20 +48,35 @@ def test_what_is_held_out_is_in_no_training_data(seed: int):
         assert found is None or found.group() not in kept
 
 
-def test_no_line_of_a_session_is_held_out(monkeypatch: pytest.MonkeyPatch):
+def test_sessions_add_and_subtract_one_number_at_a_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(arithmetic, "TRANSCRIPTS", 300)
-    kept = {chain.text for chain in chains() if chain.held_out}
     for document in transcripts(0).documents():
-        for prompt, answer in re.findall(r">>> (.*)\n(?!>>>)(.*)\n", document.text):
-            assert prompt.replace(" ", "") not in kept
-            if re.fullmatch(r"[\d+-]+", prompt):
-                assert eval(prompt) == int(answer)
+        values: dict[str, int] = {}
+        lines = iter(document.text.splitlines())
+        for line in lines:
+            asked = line.removeprefix(">>> ")
+            if name := re.fullmatch(r"(\w) = (\d+)", asked):
+                values[name[1]] = int(name[2])
+                continue
+            assert re.fullmatch(r"\w+ ?[+-] ?\d", asked), line
+            assert eval(asked, {}, values) == int(next(lines))
+
+
+def test_attempts_are_found_and_seen_to_be_corrected():
+    found = Reflection()
+    for problem in problems(200, False, 0):
+        for language in ("en", "zh"):
+            wrong = str(int(problem.chain.answer) + 1)
+            message = problem.trace(language, True, wrong)["messages"][1]
+            text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"
+            found.add(text, lambda answer, gold=problem.chain.answer: exact(answer, gold))
+    assert (found.wrong_right, found.judged) == (400, 400)
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=SEEDS)
-def test_traces_are_right_well_formed_and_of_both_styles(seed: int):
-    mixed = stepwise = chinese = 0
+def test_traces_are_right_well_formed_and_of_all_styles(seed: int):
+    mixed = stepwise = attempts = chinese = 0
     rows = cold_start(200, seed)
     for row in rows:
         question, reply = (message["content"] for message in row["messages"])
@@ -67,10 +86,12 @@ def test_traces_are_right_well_formed_and_of_both_styles(seed: int):
         for left, right in re.findall(r"(\d+[+-]\d)=(\d+)", thought):
             assert eval(left) == int(right)
         stepwise += "=" in thought
+        attempts += "?" in thought or "？" in thought
         if re.search("[\u4e00-\u9fff]", question):
             chinese += 1
             mixed += language_share(thought, "zh", 0.5) == 0
-    assert 0.3 < stepwise / len(rows) < 0.6
+    assert 0.35 < stepwise / len(rows) < 0.65
+    assert 0.02 < attempts / len(rows) < 0.25
     assert 0.2 < chinese / len(rows) < 0.6
     assert 0.2 < mixed / chinese < 0.8
 
@@ -83,8 +104,8 @@ def test_the_longest_legal_reply_fits_where_replies_are_sampled_and_measured(tmp
     lengths = []
     for problem in problems(1000, False, 0):
         for language in ("en", "zh"):
-            trace = problem.trace(True, language)["messages"]
-            prompt = encode_chat(trace[:1], "r1")
-            whole = encode_chat(trace, "r1")
-            lengths.append(len(tokenizer.encode_segments(whole)) - len(tokenizer.encode_segments(prompt)))
+            row = ChatRow(problem.trace(language, True, "27")["messages"])
+            (example,) = encode_example(row, tokenizer, "r1")
+            lengths.append(sum(example.loss_mask))
+    assert min(lengths) > 20
     assert max(lengths) < MAX_TOKENS

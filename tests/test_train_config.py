@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import dsv3
 from dsv3.errors import UserError
 from dsv3.training.config import PretrainConfig, check_resume
+from dsv3.training.r1.config import R1Config
 from dsv3.training.settings import Span
 
 SHIPPED = sorted((Path(dsv3.__file__).parent / "training" / "configs" / "pretrain").glob("*.toml"))
@@ -66,6 +67,15 @@ def test_overrides_are_typed_by_the_key_and_the_last_one_wins(tmp_path: Path) ->
     assert config.batch.ramp is not None
     assert config.batch.ramp.over == Span(10**7, "tokens")
     assert load(tmp_path, "embedding_std = 1.0", "embedding_std=none").embedding_std is None
+
+
+def test_overrides_reach_into_tables_under_names_of_ones_own(tmp_path):
+    (tmp_path / "r1.toml").write_text("[students.small]\nsteps = 3")
+    config = R1Config.load(tmp_path / "r1.toml", ["students.small.steps=5", "students.other.optim.lr=1e-3"])
+    assert config.students["small"].steps == 5
+    assert config.students["other"].optim.lr == 1e-3
+    with pytest.raises(UserError, match=r"unknown key students.small.stesp; did you mean students.small.steps"):
+        R1Config.load(tmp_path / "r1.toml", ["students.small.stesp=5"])
 
 
 @pytest.mark.parametrize(

@@ -228,11 +228,14 @@ def _override(values: dict[str, Any], cls: type[Section], text: str) -> None:
         raise UserError(f"override {text!r} must read key=value, for example optim.lr=1e-3")
     hint: Any = cls
     for depth, name in enumerate(names):
-        if not _is_section(hint):
+        if get_origin(hint) is dict and _is_section(get_args(hint)[1]):  # tables under names of the user's own
+            hints = {name: get_args(hint)[1]}
+        elif _is_section(hint):
+            hints = _hints(hint)
+            if name not in hints and not hint.extra:
+                raise _unknown("".join(part + "." for part in names[:depth]), name, hints)
+        else:
             raise UserError(f"{'.'.join(names[:depth])} is set as a whole, it has no key {name!r} of its own")
-        hints = _hints(hint)
-        if name not in hints and not hint.extra:
-            raise _unknown("".join(part + "." for part in names[:depth]), name, hints)
         if depth < len(names) - 1:
             values = values.setdefault(name, {})
             if not isinstance(values, dict):

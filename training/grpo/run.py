@@ -251,7 +251,9 @@ class GrpoRun(TrainingRun):
         judge(groups, self.rewards)
         records = [r for part in gather(self.parallel, [Record.of(group) for group in groups]) for r in part]
         found = statistics(records)
-        values = {f"validation/{key.removesuffix('/mean')}": v for key, v in found.items() if key.endswith("/mean")}
+        values: dict[str, Any] = {
+            f"validation/{key.removesuffix('/mean')}": v for key, v in found.items() if key.endswith("/mean")
+        }
         values |= {
             "validation/reward": found.get("reward"),
             "validation/length": found["completions/mean_length"],
