@@ -134,7 +134,7 @@ def report_lines(report: dict[str, Any], out: str) -> Iterator[str]:
         )
     model = shlex.quote(f"{out}/model")
     yield f"\nAll of it, honestly read: {out}/report.html. Next:"
-    yield f"  dsv3 chat {model}    # ask it 3+8-5, in English or Chinese; it knows nothing else"
+    yield f"  dsv3 chat {model}    # ask it: What is 3+7-5? It knows little else"
     yield f"  dsv3 generate {shlex.quote(f'{out}/pretrain/model')} --prompt 'import '    # the base model"
 
 

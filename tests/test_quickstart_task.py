@@ -28,10 +28,10 @@ def test_chains_are_all_there_are_and_never_fall_below_zero():
         assert all(eval("".join(prefixes[:count])) >= 0 for count in range(1, len(prefixes) + 1))
         assert [step.split("=")[1] for step in chain.steps()][-1] == chain.answer
     assert {len(text) for text in found} == {5}
-    wanted = (f"{a}{s}{b}{t}{c}" for a in range(1, 10) for s in "+-" for b in range(1, 10) for t in "+-"
-              for c in range(1, 10))  # fmt: skip
+    wanted = (f"{a}{s}{b}{t}{c}" for a in range(1, 8) for s in "+-" for b in range(1, 8) for t in "+-"
+              for c in range(1, 8))  # fmt: skip
     assert set(found) == {text for text in wanted if eval(text[:3]) >= 0 and eval(text) >= 0}
-    assert reasoning.MEASURED <= sum(chain.held_out for chain in chains()) < len(found) / 4
+    assert reasoning.MEASURED <= sum(chain.held_out for chain in chains()) < len(found) * 0.4
 
 
 @settings(max_examples=20, deadline=None)
@@ -104,7 +104,7 @@ def test_the_longest_legal_reply_fits_where_replies_are_sampled_and_measured(tmp
     lengths = []
     for problem in problems(1000, False, 0):
         for language in ("en", "zh"):
-            row = ChatRow(problem.trace(language, True, "27")["messages"])
+            row = ChatRow(problem.trace(language, True, "20")["messages"])
             (example,) = encode_example(row, tokenizer, "r1")
             lengths.append(sum(example.loss_mask))
     assert min(lengths) > 20

@@ -52,6 +52,8 @@ class OnPolicyRun(TrainingRun):
             raise UserError("prompts is empty: name files of JSON lines with prompts for the student")
         if config.on_policy < 1 and not config.traces:
             raise UserError("traces is empty: name files of conversations, or set on_policy = 1")
+        if config.on_policy < 1 and config.format == PLAIN_TEMPLATE:
+            raise UserError(f"the template {PLAIN_TEMPLATE!r} holds no traces: set on_policy = 1, or a chat format")
         self.teacher, tokenizer = load_teacher(config.teacher, parallel.device)
         model = load_student(config, tokenizer, parallel)
         format = config.format or detect_format(tokenizer)
@@ -71,8 +73,6 @@ class OnPolicyRun(TrainingRun):
         self._order: tuple[int, list[int]] | None = None
 
     def _load_traces(self, format: str) -> list[Sample]:
-        if format == PLAIN_TEMPLATE:
-            raise UserError(f"the template {PLAIN_TEMPLATE!r} holds no traces: set on_policy = 1, or a chat format")
         samples = []
         for row in load_rows(self.config.traces):
             for ids, mask in encode_example(row, self.tokenizer, format):
