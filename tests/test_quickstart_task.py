@@ -1,6 +1,7 @@
 """The quickstart's task: nothing held out is trained on, every trace is right, and every legal reply fits."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from dsv3.grading.formats import r1_format
 from dsv3.grading.language import language_share
 from dsv3.grading.reflection import Reflection
 from dsv3.quickstart import arithmetic, reasoning
-from dsv3.quickstart.arithmetic import chains, cold_start, problems, texts_for_tokenizer, transcripts
+from dsv3.quickstart.arithmetic import (
+    CHINESE,
+    ENGLISH_THOUGHT,
+    STYLES,
+    chains,
+    cold_start,
+    problems,
+    texts_for_tokenizer,
+    transcripts,
+)
 from dsv3.quickstart.measure import MAX_TOKENS
 from dsv3.training.chat_data import ChatRow, encode_example
 
@@ -75,25 +85,29 @@ def test_attempts_are_found_and_seen_to_be_corrected():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=SEEDS)
-def test_traces_are_right_well_formed_and_of_all_styles(seed: int):
-    mixed = stepwise = attempts = chinese = 0
-    rows = cold_start(200, seed)
-    for row in rows:
-        question, reply = (message["content"] for message in row["messages"])
+def test_traces_are_right_well_formed(seed: int):
+    for row in cold_start(100, seed):
+        reply = row["messages"][1]["content"]
         thought = row["messages"][1]["reasoning_content"]
         assert r1_format(f"<think>\n{thought}\n</think>\n\n{reply}")
         assert re.findall(r"\d+", thought)[-1] == reply
         for left, right in re.findall(r"(\d+[+-]\d)=(\d+)", thought):
             assert eval(left) == int(right)
-        stepwise += "=" in thought
-        attempts += "?" in thought or "？" in thought
+
+
+def test_the_shares_of_styles_and_languages_are_those_of_the_settings():
+    count, chinese, mixed = Counter[str](), 0, 0
+    rows = cold_start(5000, 0)
+    for row in rows:
+        question, thought = row["messages"][0]["content"], row["messages"][1]["reasoning_content"]
+        count["direct" if "=" not in thought else "checked" if re.search("[?？]", thought) else "steps"] += 1
         if re.search("[\u4e00-\u9fff]", question):
             chinese += 1
             mixed += language_share(thought, "zh", 0.5) == 0
-    assert 0.35 < stepwise / len(rows) < 0.65
-    assert 0.02 < attempts / len(rows) < 0.25
-    assert 0.2 < chinese / len(rows) < 0.6
-    assert 0.2 < mixed / chinese < 0.8
+    for style, share in STYLES.items():
+        assert count[style] / len(rows) == pytest.approx(share, abs=0.03)
+    assert chinese / len(rows) == pytest.approx(CHINESE, abs=0.03)
+    assert mixed / chinese == pytest.approx(ENGLISH_THOUGHT, abs=0.03)
 
 
 def test_the_longest_legal_reply_fits_where_replies_are_sampled_and_measured(tmp_path: Path):
