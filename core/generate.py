@@ -152,7 +152,8 @@ class SimpleRollout:
         completions: list[Completion] | None = None,
         record_experts: bool = False,
     ) -> Generator[Token, None, None]:
-        """Tokens as they come, of all prompts interleaved; `completions` is filled meanwhile."""
+        """Tokens as they come, of all prompts interleaved; `completions` is filled meanwhile, a step of
+        all of them at a time."""
         chosen = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(chosen) != len(prompts):
             raise UserError(f"sampling: {len(prompts)} prompts with parameters for {len(chosen)}; give one for each")

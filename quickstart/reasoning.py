@@ -10,6 +10,7 @@ baseline/   the same fresh model on the cold-start traces: the student without a
 """
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,6 +107,7 @@ class Reasoning:
         folder = self.out / "evaluation"
         data = self.tasks_folder / "held_out.jsonl"
         model = self.model("grpo")
+        shown = [shlex.quote(os.path.relpath(path)) for path in (model, data, folder)]
         evaluate(
             model,
             {"sums": data},
@@ -114,8 +116,8 @@ class Reasoning:
             batch=MEASURED,
             reflection=True,
             machine=machine(),
-            command=f"dsv3 eval {shlex.quote(str(model))} --tasks sums --data {shlex.quote(f'sums={data}')} "
-            f"--protocol greedy --max-tokens {MAX_TOKENS} --reflection",
+            command=f"dsv3 eval {shown[0]} --tasks sums --data sums={shown[1]} --protocol greedy "
+            f"--max-tokens {MAX_TOKENS} --seed {self.workshop.seed} --reflection --out {shown[2]}",
         )
 
     def measured(self, name: str) -> Path:

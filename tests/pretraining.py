@@ -129,6 +129,14 @@ def start(argv: list[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 
+def finish(argv: list[str]) -> str:
+    """Run a command to its end, which must be a good one. Returns what it said to the person."""
+    process = start(argv)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
 def wait_for_line(process: subprocess.Popen[str], pattern: str) -> str:
     """Read the process's stderr up to a line in which `pattern` is found."""
     assert process.stderr is not None

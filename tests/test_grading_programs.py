@@ -2,18 +2,7 @@
 
 import pytest
 
-from dsv3.errors import UserError
 from dsv3.grading.sandbox import Outcome, Sandbox
-
-
-@pytest.fixture(scope="module")
-def box() -> Sandbox:
-    """The best wall there is."""
-    try:
-        return Sandbox(timeout=8.0)
-    except UserError as error:
-        pytest.skip(str(error))
-
 
 # Tests that use the program's names. In each text, the program stands first.
 

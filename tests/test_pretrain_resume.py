@@ -31,13 +31,6 @@ def command(config: PretrainConfig, processes: int = 0) -> list[str]:
     return tiny.command("train", "pretrain", tiny.write(config), processes=processes)
 
 
-def finish(argv: list[str]) -> str:
-    process = tiny.start(argv)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
-
-
 # --- SIGKILL ---
 
 
@@ -71,7 +64,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
                 process.kill()
                 process.communicate()
                 done += 1
-        finish(argv)
+        tiny.finish(argv)
         assert tiny.differences(tiny.outcome(run_dir), expected) == []
         assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == sorted(
             path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()
@@ -105,9 +98,9 @@ def test_a_signal_saves_a_checkpoint_and_exits_0(data: Path, tmp_path: Path, nam
     step = stopped_at(stopped, err, name)
     assert not (stopped / "model").exists()
     if name == "SIGTERM":  # and the same command, here with an end that is near, goes on to the bit
-        err = finish(command(tiny.config_of(data, stopped, *CONSTANT, f"length={step + 2} steps")))
+        err = tiny.finish(command(tiny.config_of(data, stopped, *CONSTANT, f"length={step + 2} steps")))
         assert f"at step {step} of {step + 2}" in err
-        finish(command(tiny.config_of(data, whole, *CONSTANT, f"length={step + 2} steps")))
+        tiny.finish(command(tiny.config_of(data, whole, *CONSTANT, f"length={step + 2} steps")))
         assert tiny.differences(tiny.outcome(stopped), tiny.outcome(whole)) == []
 
 
@@ -132,7 +125,9 @@ def test_under_torchrun_sigterm_to_the_launcher_saves_a_checkpoint(data: Path, t
     process.terminate()
     _, err = process.communicate(timeout=90)
     step = stopped_at(tmp_path / "run", err, "SIGTERM")
-    err = finish(command(tiny.config_of(data, tmp_path / "run", *CONSTANT, f"length={step + 1} steps"), processes=2))
+    err = tiny.finish(
+        command(tiny.config_of(data, tmp_path / "run", *CONSTANT, f"length={step + 1} steps"), processes=2)
+    )
     assert f"at step {step} of {step + 1}" in err
 
 
@@ -144,7 +139,7 @@ def run_noting_order(config: PretrainConfig, processes: int) -> list[tuple[int, 
     for file in Path(config.run_dir).glob("order-*.tsv"):
         file.unlink()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    finish([sys.executable, *torchrun, str(Path(tiny.__file__)), str(tiny.write(config))])
+    tiny.finish([sys.executable, *torchrun, str(Path(tiny.__file__)), str(tiny.write(config))])
     files = sorted(Path(config.run_dir).glob("order-*.tsv"))
     assert len(files) == processes
     lines = [line.split("\t") for file in files for line in file.read_text().splitlines()]

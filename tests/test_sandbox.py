@@ -28,15 +28,6 @@ def walled(request: pytest.FixtureRequest) -> Sandbox:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def box() -> Sandbox:
-    """The best wall there is."""
-    try:
-        return Sandbox(timeout=8.0)
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def short(box: Sandbox, seconds: float = 0.5, memory_mib: int = 256) -> Sandbox:
     return Sandbox(seconds, memory_mib, tier=box.tier)
 

@@ -26,18 +26,11 @@ def command(config: SftConfig, processes: int = 0) -> list[str]:
     return tiny.command("train", "sft", finetuning.write(config), processes=processes)
 
 
-def finish(argv: list[str]) -> str:
-    process = tiny.start(argv)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
-
-
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_run_killed_twice_ends_as_the_uninterrupted_one(data: Path, tmp_path: Path, lora: int) -> None:
     options = ("steps=30", "checkpoint.every=3", "ema_decay=0.9", "data.held_out=0.1", "eval.every=7",
                "batch.samples=0", "batch.tokens=512", f"lora.rank={lora}")  # fmt: skip
-    finish(command(finetuning.config_of(data, tmp_path / "whole", *options)))
+    tiny.finish(command(finetuning.config_of(data, tmp_path / "whole", *options)))
     expected = tiny.outcome(tmp_path / "whole")
     killed = command(finetuning.config_of(data, tmp_path / "killed", *options))
     log = tmp_path / "killed" / "metrics.jsonl"
@@ -48,7 +41,7 @@ def test_a_run_killed_twice_ends_as_the_uninterrupted_one(data: Path, tmp_path: 
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was not killed before its end"
-    finish(killed)
+    tiny.finish(killed)
     assert tiny.differences(tiny.outcome(tmp_path / "killed"), expected) == []
     for name in ("model", "model-ema", *(["adapter", "adapter-ema"] if lora else [])):
         for file in (tmp_path / "whole" / name).glob("*.safetensors"):
@@ -70,7 +63,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_0(data: Path, tmp_path: Path) -> 
 def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, batch: tuple[str, ...]) -> None:
     options = ("balance.alpha=0.01", "balance.gamma=0.001", "data.held_out=0.2", *batch)
     for name, processes in (("one", 0), ("two", 2)):
-        finish(command(finetuning.config_of(data, tmp_path / name, *options), processes))
+        tiny.finish(command(finetuning.config_of(data, tmp_path / name, *options), processes))
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "balance_loss", "grad_norm", "validation/held-out"):
