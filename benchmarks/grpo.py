@@ -1,6 +1,7 @@
 """A step of GRPO: dsv3 beside TRL's GRPOTrainer with transformers' generation; same weights, prompts and group size.
 
     python benchmarks/grpo.py                            # 32 prompts x 8 completions of up to 48 tokens, one thread
+    python benchmarks/grpo.py --limit 512 --prompts 8    # as long as TRL's own default
     python benchmarks/grpo.py --clock cpu                # seconds of this process: on a machine with other work to do
     python benchmarks/grpo.py --device cuda              # dsv3 on a GPU, and TRL beside it where it is installed
 
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from contest import contest, machine
 
-VOCABULARY, LIMIT = 2048, 48
+VOCABULARY = 2048
 LR, BETA, LOW, HIGH = 1e-4, 0.001, 0.2, 0.28
 
 
@@ -124,7 +125,7 @@ def ours(directory: Path, options: argparse.Namespace, steps: Steps) -> None:
         settings = {
             "run_dir": folder, "model": str(directory / options.model / "model"), "length": f"{options.steps} steps",
             "group_size": options.group, "prompts_per_step": options.prompts, "rewards": [{"name": "grpo:low_tokens"}],
-            "data": {"prompts": [str(directory / "prompts.jsonl")]}, "rollout": {"max_tokens": LIMIT},
+            "data": {"prompts": [str(directory / "prompts.jsonl")]}, "rollout": {"max_tokens": options.limit},
             "loss": {"kind": "dapo", "epsilon_low": LOW, "epsilon_high": HIGH, "beta": BETA},
             "optim": {"lr": LR}, "checkpoint": {"every": 0}, "truncation_warning": 1.0,
         }  # fmt: skip
@@ -151,8 +152,8 @@ def theirs(directory: Path, options: argparse.Namespace, steps: Steps, experts: 
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.group * options.prompts,
-            num_generations=options.group, max_completion_length=LIMIT, temperature=1.0, learning_rate=LR, beta=BETA,
-            loss_type="dapo", epsilon=LOW, epsilon_high=HIGH, use_cpu=options.device == "cpu", bf16=False,
+            num_generations=options.group, max_completion_length=options.limit, temperature=1.0, learning_rate=LR,
+            beta=BETA, loss_type="dapo", epsilon=LOW, epsilon_high=HIGH, use_cpu=options.device == "cpu", bf16=False,
             gradient_checkpointing=False, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
             report_to=[], disable_tqdm=True,
         )  # fmt: skip
@@ -177,7 +178,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def report(model: str, best: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    size = f"{options.prompts} prompts x {options.group} completions of at most {LIMIT} tokens"
+    size = f"{options.prompts} prompts x {options.group} completions of at most {options.limit} tokens"
     print(f"\n{model} weights, {size}, {options.threads} thread(s), {options.clock} time")
     print("| contender | tokens of a completion | rollout s | rollout tokens/s | update s | step s |")
     print("|---|---|---|---|---|---|")
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--limit", type=int, default=48, help="tokens of a completion at most")
     parser.add_argument("--steps", type=int, default=4, help="of each run; the first does not count")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
@@ -209,7 +211,7 @@ def main() -> None:
         save_models(Path(folder), options.device)
         for model in ("trained", "random"):
             arguments = ["--directory", folder, "--model", model]
-            for key in ("device", "prompts", "group", "steps", "threads", "clock"):
+            for key in ("device", "prompts", "group", "limit", "steps", "threads", "clock"):
                 arguments += [f"--{key}", str(getattr(options, key))]
             report(
                 model, contest(__file__, ["dsv3", "trl-eager", "trl-grouped_mm"], options.rounds, arguments), options
