@@ -70,9 +70,7 @@ class LocalCompleter:
         on_reply: Callable[[int, Reply], None] | None = None,
     ) -> list[Reply]:
         chosen = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
-        prompts = [
-            self.tokenizer.encode_segments(encode_chat(c, self.format, thinking=self.thinking)) for c in conversations
-        ]
+        prompts = [self.encode(conversation) for conversation in conversations]
         # Neighbours of one length end at about the same time, and need the least padding of everything.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         replies: dict[int, Reply] = {}
@@ -84,6 +82,10 @@ class LocalCompleter:
                 if on_reply is not None:
                     on_reply(i, replies[i])
         return [replies[i] for i in range(len(prompts))]
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """The prompt that asks for the next reply of a conversation."""
+        return self.tokenizer.encode_segments(encode_chat(conversation, self.format, thinking=self.thinking))
 
     def reply(self, completion: Completion) -> Reply:
         """What a completion says. A thought that the prompt opened counts as part of the text."""

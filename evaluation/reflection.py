@@ -9,6 +9,7 @@ the beginning of a thought.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -90,8 +91,9 @@ def analyse(
         )
     elif firsts:
         with Store(options.out / "replies" / f"{name}.reflection.jsonl") as store:
-            report["control"] = _control(subject, name, firsts, judge, protocol, options, store, progress)
-            report["injection"] = _injection(subject, name, firsts, judge, protocol, options, store, progress)
+            controls = _Controls(subject, name, judge, protocol, options.seed, store, progress)
+            report["control"] = controls.cut_short(firsts)
+            report["injection"] = controls.begun_wrong(firsts)
     return report
 
 
@@ -106,89 +108,83 @@ def _pairs(item: Item, text: str) -> list[tuple[str, str | None]]:
 def _matrix(judge: Judge, traces: Sequence[Trace]) -> dict[str, Any]:
     reflection = Reflection()
     for trace in traces:
-        gold = trace.asked.item.gold
-        reflection.add(trace.text, lambda answer, gold=gold: judge.right(gold, answer))  # type: ignore[misc]
+        reflection.add(trace.text, partial(judge.right, trace.asked.item.gold))
     return reflection.report()
 
 
-def _control(
-    subject: Subject,
-    name: str,
-    traces: Sequence[Trace],
-    judge: Judge,
-    protocol: Protocol,
-    options: Options,
-    store: Store,
-    progress: Progress,
-) -> dict[str, Any]:
-    params = SamplingParams(temperature=0.0, max_tokens=FORCED_TOKENS, seed=0)
-    openings = [ANSWER if ANSWER in reply_of(trace.text) else FORCED for trace in traces]
-    wanted = [
-        _go_on(subject, trace, until_first(trace.text) or "", opening, params)
-        for trace, opening in zip(traces, openings, strict=True)
-    ]
-    ask(subject, f"{name}, thoughts cut short", wanted, protocol, store, progress)
-    forced, full = [], []
-    for trace, asked, opening in zip(traces, wanted, openings, strict=True):
-        gold = trace.asked.item.gold
-        row = store.get(asked.key)
-        if row is not None:
-            forced.append(float(judge.right(gold, final_answer(opening + row["text"]))))
-            full.append(float(judge.right(gold, final_answer(trace.text, whole=True))))
-    low, high = paired_interval(full, forced)
-    return {
-        "items": len(forced),
-        "cut_short": fmean(forced) if forced else None,
-        "whole_thought": fmean(full) if full else None,
-        "gain": fmean(full) - fmean(forced) if full else None,
-        "gain_interval": [low, high] if len(full) > 1 else None,
-    }
+@dataclass(frozen=True)
+class _Controls:
+    """Traces of the task `name`, gone on with from a beginning that was changed."""
 
+    subject: Subject
+    name: str
+    judge: Judge
+    protocol: Protocol
+    seed: int
+    store: Store
+    progress: Progress
 
-def _injection(
-    subject: Subject,
-    name: str,
-    traces: Sequence[Trace],
-    judge: Judge,
-    protocol: Protocol,
-    options: Options,
-    store: Store,
-    progress: Progress,
-) -> dict[str, Any]:
-    wanted, beginnings = [], []
-    for trace in traces:
-        item = trace.asked.item
-        value = number(item.gold)
-        if value is None or not judge.right(item.gold, candidates(trace.text)[0]):
-            continue
-        beginning = with_wrong_first(trace.text, str(value + 1)) or ""
-        seed = seed_of(options.seed, f"{name}, injection", item.id, 0)
-        params = SamplingParams(
-            temperature=trace.asked.params.temperature,
-            top_p=trace.asked.params.top_p,
-            max_tokens=trace.asked.params.max_tokens,
-            seed=seed,
-        )
-        wanted.append(_go_on(subject, trace, beginning, "", params))
-        beginnings.append(beginning)
-    ask(subject, f"{name}, wrong first answers", wanted, protocol, store, progress)
-    items = mended = 0
-    reflection = Reflection()
-    for asked, beginning in zip(wanted, beginnings, strict=True):
-        row = store.get(asked.key)
-        if row is None:
-            continue
-        whole = row["text"] if row["text"].startswith(THINK) else beginning + row["text"]
-        gold = asked.item.gold
-        reflection.add(whole, lambda answer, gold=gold: judge.right(gold, answer))  # type: ignore[misc]
-        items += 1
-        mended += judge.right(gold, final_answer(whole, whole=True))
-    return {
-        "items": items,
-        "mended": mended / items if items else None,
-        "mended_interval": list(wilson(mended, items)) if items else None,
-        "matrix": reflection.report(),
-    }
+    def cut_short(self, traces: Sequence[Trace]) -> dict[str, Any]:
+        """The thought ends at its first answer: what was thinking on worth?"""
+        params = SamplingParams(temperature=0.0, max_tokens=FORCED_TOKENS, seed=0)
+        openings = [ANSWER if ANSWER in reply_of(trace.text) else FORCED for trace in traces]
+        wanted = [
+            _go_on(self.subject, trace, until_first(trace.text) or "", opening, params)
+            for trace, opening in zip(traces, openings, strict=True)
+        ]
+        ask(self.subject, f"{self.name}, thoughts cut short", wanted, self.protocol, self.store, self.progress)
+        forced, full = [], []
+        for trace, asked, opening in zip(traces, wanted, openings, strict=True):
+            gold = trace.asked.item.gold
+            row = self.store.get(asked.key)
+            if row is not None:
+                forced.append(float(self.judge.right(gold, final_answer(opening + row["text"]))))
+                full.append(float(self.judge.right(gold, final_answer(trace.text, whole=True))))
+        low, high = paired_interval(full, forced)
+        return {
+            "items": len(forced),
+            "cut_short": fmean(forced) if forced else None,
+            "whole_thought": fmean(full) if full else None,
+            "gain": fmean(full) - fmean(forced) if full else None,
+            "gain_interval": [low, high] if len(full) > 1 else None,
+        }
+
+    def begun_wrong(self, traces: Sequence[Trace]) -> dict[str, Any]:
+        """A wrong number in the place of a right first answer: how often is it noticed?"""
+        wanted, beginnings = [], []
+        for trace in traces:
+            item = trace.asked.item
+            value = number(item.gold)
+            if value is None or not self.judge.right(item.gold, candidates(trace.text)[0]):
+                continue
+            beginning = with_wrong_first(trace.text, str(value + 1)) or ""
+            seed = seed_of(self.seed, f"{self.name}, injection", item.id, 0)
+            params = SamplingParams(
+                temperature=trace.asked.params.temperature,
+                top_p=trace.asked.params.top_p,
+                max_tokens=trace.asked.params.max_tokens,
+                seed=seed,
+            )
+            wanted.append(_go_on(self.subject, trace, beginning, "", params))
+            beginnings.append(beginning)
+        ask(self.subject, f"{self.name}, wrong first answers", wanted, self.protocol, self.store, self.progress)
+        items = mended = 0
+        reflection = Reflection()
+        for asked, beginning in zip(wanted, beginnings, strict=True):
+            row = self.store.get(asked.key)
+            if row is None:
+                continue
+            whole = row["text"] if row["text"].startswith(THINK) else beginning + row["text"]
+            gold = asked.item.gold
+            reflection.add(whole, partial(self.judge.right, gold))
+            items += 1
+            mended += self.judge.right(gold, final_answer(whole, whole=True))
+        return {
+            "items": items,
+            "mended": mended / items if items else None,
+            "mended_interval": list(wilson(mended, items)) if items else None,
+            "matrix": reflection.report(),
+        }
 
 
 def _go_on(subject: Subject, trace: Trace, thought: str, content: str, params: SamplingParams) -> Ask:

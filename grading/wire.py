@@ -14,6 +14,7 @@ import os
 import select
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -179,7 +180,7 @@ def unpack(tree: Any, resolve: Callable[[list[Any]], Any]) -> Any:
 # ---- Conversation
 
 
-class Peer:
+class Peer(ABC):
     """One end of a conversation in which each side may ask the other, and answers while it waits.
 
     A side that asks waits for the answer, and serves what the other asks meanwhile: the program may call a function
@@ -212,11 +213,13 @@ class Peer:
             reply = self.raised(error)
         send(self.writing, reply)
 
+    @abstractmethod
     def answer(self, operation: Any, *parts: Any) -> list[Any]:
-        raise NotImplementedError
+        """The reply to a question of the other side: ["give", value, ...] or ["raise", ...]."""
 
+    @abstractmethod
     def raised(self, error: BaseException) -> list[Any]:
-        raise NotImplementedError
+        """The reply where `answer` raised."""
 
     # What this side has lent to the other, by number.
 

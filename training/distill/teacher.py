@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ...core.completer import Completer, Conversation, LocalCompleter, Reply, sp
 from ...core.encoding import detect_format
 from ...core.endpoint import Endpoint
 from ...core.files import atomic_write
-from ...core.generate import Completion, Rollout, SamplingParams, SimpleRollout
+from ...core.generate import Completion, Rollout, SimpleRollout
 from ...core.model import DeepseekV3
 from ...core.tokenizer import Tokenizer
 from ...errors import UserError
@@ -25,33 +25,19 @@ HASHED = ("config.json", "tokenizer.json", "*.safetensors")
 HASHES = "checkpoint_hashes.json"
 
 
-class PlainCompleter:
-    """A `Completer` that puts questions to a base model in the plain template of R1-Zero."""
+class PlainCompleter(LocalCompleter):
+    """Puts questions to a base model in the plain template of R1-Zero."""
 
     def __init__(self, rollout: Rollout, tokenizer: Tokenizer, name: str, batch: int = 64) -> None:
-        self.rollout, self.name, self.batch = rollout, name, batch
-        self.format = PromptFormat(tokenizer, PLAIN_TEMPLATE)
-        self._reader = LocalCompleter(rollout, tokenizer, "v3")
+        super().__init__(rollout, tokenizer, "v3", name=name, batch=batch)
+        self.plain = PromptFormat(tokenizer, PLAIN_TEMPLATE)
 
-    def complete(
-        self,
-        conversations: Sequence[Conversation],
-        params: SamplingParams | Sequence[SamplingParams],
-        on_reply: Callable[[int, Reply], None] | None = None,
-    ) -> list[Reply]:
-        chosen = [params] * len(conversations) if isinstance(params, SamplingParams) else list(params)
-        replies: list[Reply] = []
-        for start in range(0, len(conversations), self.batch):
-            prompts = [self.format.encode(conversation) for conversation in conversations[start : start + self.batch]]
-            for completion in self.rollout.generate(prompts, chosen[start : start + self.batch]):
-                replies.append(self._reply(completion))
-                if on_reply is not None:
-                    on_reply(len(replies) - 1, replies[-1])
-        return replies
+    def encode(self, conversation: Conversation) -> list[int]:
+        return self.plain.encode(conversation)
 
-    def _reply(self, completion: Completion) -> Reply:
+    def reply(self, completion: Completion) -> Reply:
         """Behind "Assistant:", text goes on with a space, which belongs to neither thought nor reply."""
-        reply = self._reader.reply(completion)
+        reply = super().reply(completion)
         text = reply.text.lstrip()
         return Reply(text, *split_reply(text), reply.finish_reason, reply.tokens)
 
