@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tiny_model import CONFIG, CONTEXT, TOKENIZER
 from dsv3 import backends
 from dsv3.core.encoding import encode_chat
 from dsv3.core.generate import Completion, SamplingParams, SimpleRollout, Token
+from dsv3.core.messages import Call
 from dsv3.core.special_tokens import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, TOOL_SEP
 from dsv3.core.step import Routing, packed
 from dsv3.errors import UserError
-from dsv3.training.grpo.environment import Opening, Reply, SingleTurn
-from dsv3.training.grpo.prompts import PLAIN, PromptFormat, PromptSet
+from dsv3.training.grpo.environment import Opening, OwnEnvironment, Reply, SingleTurn
+from dsv3.training.grpo.prompts import PLAIN, PromptFormat, PromptSet, messages_of
 from dsv3.training.grpo.rollouts import Rollouts, completion_seed
 from dsv3.training.grpo.sample import Sample
 from dsv3.training.grpo.tools import ToolEnvironment, describe, read_reply
@@ -351,3 +353,61 @@ def test_a_function_becomes_a_tool_of_its_types() -> None:
 def test_positions_of_packed_sequences() -> None:
     positions, cu_seqlens, longest = packed([3, 1, 2], [0, 5, 2])
     assert positions.tolist() == [0, 1, 2, 5, 2, 3] and cu_seqlens.tolist() == [0, 3, 4, 6] and longest == 3
+
+
+# --- environments of the user that fail ---
+
+
+class Moody:
+    """Does at one place what it is told to do."""
+
+    reward = None
+
+    def __init__(self, place: str, mood: Callable[[], Any]) -> None:
+        self.place, self.mood = place, mood
+        self.turn("making it")
+
+    def turn(self, place: str) -> None:
+        if place == self.place:
+            self.mood()
+
+    def reset(self, row: Mapping[str, Any]) -> Opening:
+        self.turn("reset")
+        return Opening(messages_of(row))
+
+    def step(self, reply: Reply) -> None:
+        self.turn("step")
+
+
+def leave() -> None:
+    raise SystemExit(0)
+
+
+def fail() -> None:
+    raise TimeoutError("its own")
+
+
+@pytest.mark.parametrize("place", ["making it", "reset", "step"])
+@pytest.mark.parametrize(
+    ("mood", "message"),
+    [
+        (fail, "raised TimeoutError: its own"),
+        (leave, "raised RuntimeError: it called exit"),
+        (partial(time.sleep, 20), "took longer than 0.2 s; mend it, or raise environment.timeout"),
+    ],
+)
+def test_an_environment_that_fails_ends_the_run_in_one_line(place: str, mood: Callable[[], Any], message: str) -> None:
+    rollout = Scripted([TOKENIZER.eos_id])
+    environment = partial(OwnEnvironment, partial(Moody, place, mood), "mine:Moody", 0.2)
+    with pytest.raises(UserError) as caught:
+        rollouts(rollout, "r1", environment=environment, max_turns=2).groups(
+            [(0, {"prompt": "1 + 1"})], 2, SamplingParams(max_tokens=4), 0
+        )
+    assert str(caught.value) == f"environment.factory mine:Moody: {place} {message}"
+
+
+def test_a_tool_that_calls_exit_is_an_error_to_the_model() -> None:
+    def stop() -> str:
+        raise SystemExit(1)
+
+    assert ToolEnvironment([stop]).answer(Call("stop", "{}", "function", None)) == "error: RuntimeError: it called exit"

@@ -59,13 +59,15 @@ class EnvironmentSection(Section):
     """What answers the model. Nothing by default: one turn.
 
     tools: python functions "module:function" that the model may call. factory: "module:function" that makes an
-    Environment (see environment.py) for every completion. max_turns: replies of the model. tool_timeout: seconds.
+    Environment (see environment.py) for every completion. max_turns: replies of the model. tool_timeout: seconds of a
+    tool, after which the model is told so; timeout: of an environment, after which the run ends.
     """
 
     tools: tuple[str, ...] = ()
     factory: str = ""
     max_turns: Size = 8
     tool_timeout: Positive = 10.0
+    timeout: Positive = 600.0
 
     def check(self) -> None:
         if self.tools and self.factory:

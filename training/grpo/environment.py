@@ -17,14 +17,17 @@ two methods:
             return [{"role": "user", "content": "No, guess again."}]
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ...core.messages import Call
+from ...errors import UserError
 from .prompts import messages_of
 
 Message = Mapping[str, Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,65 @@ class SingleTurn:
 
     def step(self, reply: Reply) -> None:
         return None
+
+
+class TookTooLong(Exception):
+    """A function of the user's was not waited for any longer."""
+
+
+class OwnEnvironment:
+    """An environment of the user's: what it raises, and a call that takes longer than `timeout` seconds, is a UserError
+    of one line that names it. name: of the setting's value."""
+
+    def __init__(self, factory: Callable[[], Environment], name: str, timeout: float):
+        self.name, self.timeout = name, timeout
+        self.own = self._guarded("making it", factory)
+
+    @property
+    def reward(self) -> float | None:
+        return self.own.reward
+
+    def reset(self, row: Mapping[str, Any]) -> Opening:
+        return self._guarded("reset", self.own.reset, row)
+
+    def step(self, reply: Reply) -> Sequence[Message] | None:
+        return self._guarded("step", self.own.step, reply)
+
+    def _guarded(self, what: str, function: Callable[..., Result], *arguments: Any) -> Result:
+        try:
+            return within(self.timeout, function, *arguments)
+        except UserError:
+            raise
+        except TookTooLong:
+            raise UserError(
+                f"environment.factory {self.name}: {what} took longer than {self.timeout:g} s; mend it, or raise "
+                "environment.timeout"
+            ) from None
+        except Exception as error:
+            raise UserError(
+                f"environment.factory {self.name}: {what} raised {type(error).__name__}: {error}"
+            ) from error
+
+
+def within(seconds: float, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+    """The result of a function of the user's, or what it raises; TookTooLong after `seconds`. One that hangs keeps its
+    thread until the process ends, but does not keep the process from ending."""
+    outcome: list[Result] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(function(*arguments, **named))
+        except SystemExit:  # it would end the thread without a word
+            raised.append(RuntimeError("it called exit"))
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not outcome:
+        raise TookTooLong
+    return outcome[0]

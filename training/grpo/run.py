@@ -35,7 +35,7 @@ from ..schedule import LearningRate, Timeline
 from .advantages import advantages
 from .collect import Batch, Collector, Record, judge, statistics
 from .config import GrpoConfig
-from .environment import Environment, SingleTurn
+from .environment import Environment, OwnEnvironment, SingleTurn
 from .loss import BatchSize
 from .pictures import draw
 from .prompts import PromptFormat, PromptSet
@@ -328,7 +328,8 @@ def make_environment(config: GrpoConfig) -> Callable[[], Environment]:
     """What makes the environment of an episode."""
     section = config.environment
     if section.factory:
-        return load_function(section.factory, "environment.factory")
+        factory = load_function(section.factory, "environment.factory")
+        return partial(OwnEnvironment, factory, section.factory, section.timeout)
     if section.tools:
         functions = [load_function(name, "environment.tools") for name in section.tools]
         return partial(ToolEnvironment, functions, section.tool_timeout)

@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import sys
-import threading
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from ...core.messages import Call
 from ...core.special_tokens import CALL_BEGIN, CALL_END, CALLS_BEGIN, TOOL_SEP
 from ...core.tokenizer import Tokenizer
 from ...errors import UserError
-from .environment import MalformedCall, Message, Opening, Reply
+from .environment import MalformedCall, Message, Opening, Reply, TookTooLong, within
 from .prompts import messages_of
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -110,21 +109,13 @@ class ToolEnvironment:
         return self._run(function, arguments)
 
     def _run(self, function: Callable[..., Any], arguments: dict[str, Any]) -> str:
-        answer = f"error: {function.__name__} took longer than {self.timeout:g} s"
-
-        def run() -> None:
-            nonlocal answer
-            try:
-                result = function(**arguments)
-                done = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-            except Exception as error:  # whatever a tool raises is an answer
-                done = f"error: {type(error).__name__}: {error}"
-            answer = done
-
-        thread = threading.Thread(target=run, daemon=True)  # one that hangs does not keep the process from ending
-        thread.start()
-        thread.join(self.timeout)
-        return answer
+        try:
+            result = within(self.timeout, function, **arguments)
+            return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        except TookTooLong:
+            return f"error: {function.__name__} took longer than {self.timeout:g} s"
+        except Exception as error:  # whatever a tool raises is an answer
+            return f"error: {type(error).__name__}: {error}"
 
 
 def read_reply(ids: Sequence[int], tokenizer: Tokenizer, format: str, opened: str = "") -> Reply:
