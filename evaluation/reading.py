@@ -1,9 +1,6 @@
 """Reading the files of data sets: JSON lines, JSON, CSV, parquet, plain or compressed; every record knows its place."""
 
 import csv
-import gzip
-import importlib
-import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NoReturn
 
+from ..core import records
 from ..errors import UserError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -88,7 +86,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
         raise UserError(f"{path}: unknown kind of file; give .jsonl, .json, .csv or .parquet")
     try:
         if bare.endswith(".parquet"):
-            yield from _parquet(path)
+            yield from (Record(f"{path}:{row}", values) for row, values in enumerate(records.parquet_rows(path), 1))
         elif bare.endswith(".jsonl"):
             yield from _json_lines(path)
         elif bare.endswith(".json"):
@@ -103,23 +101,13 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
 
 
 def open_text(path: Path) -> IO[str]:
-    """A file as UTF-8 text, unpacked by its ending (.gz, .zst)."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    if ending == ".zst":
-        return io.TextIOWrapper(
-            library("pyarrow", str(path)).CompressedInputStream(str(path), "zstd"), "utf-8-sig", newline=""
-        )
-    return path.open(encoding="utf-8-sig", newline="")
+    """A file as UTF-8 text, with or without a byte order mark, unpacked by its ending (.gz, .zst)."""
+    return records.open_text(path, "utf-8-sig", newline="")
 
 
-def library(name: str, what: str, extra: str = "eval") -> ModuleType:
-    """Import a library that is not always there; UserError with the extra to install, said of `what`."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{what} needs the package {name.split('.')[0]}: pip install 'dsv3[{extra}]'") from None
+def library(name: str, what: str) -> ModuleType:
+    """A library of the extra `eval`; UserError where it is missing, said of `what`."""
+    return records.library(name, what, "'dsv3[eval]'")
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -178,16 +166,3 @@ def _csv(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
                 raise UserError(f"{path}:{line}: {len(row)} columns instead of {len(names)}; mend or remove the line")
             elif row:
                 yield Record(f"{path}:{line}", dict(zip(names, row, strict=True)))
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    arrow, parquet = library("pyarrow", str(path)), library("pyarrow.parquet", str(path))
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(f"{path}:{number}", row)
-    except arrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ...core.records import library
 from ...errors import UserError
-from .records import RECORDS, library, read_records
+from .records import RECORDS, read_records
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".gz", ".zst", ".bz2", ".xz", ".arrow", ".bin", ".npy")
 HUGGING_FACE = "hf:"

@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.checkpoint_write import OWNED
 from ...core.files import atomic_directory
+from ...core.records import library
 from ...errors import UserError
 from ...ops.loss import token_logp
 from ..chat_data import ChatRow, Example
-from ..data.records import library
 from .config import SftConfig
 from .packing import Packed
 from .students import Losses, dtype_of
