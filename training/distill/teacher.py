@@ -67,7 +67,7 @@ def completer_of(model: DeepseekV3, tokenizer: Tokenizer, section: TeacherSectio
     name = section.model
     if section.format == PLAIN_TEMPLATE:
         plain = PlainCompleter(rollout, tokenizer, name, section.batch)
-        return plain, (plain.format.end_id, tokenizer.eos_id)
+        return plain, (plain.plain.end_id, tokenizer.eos_id)
     format = section.format or detect_format(tokenizer)
     local = LocalCompleter(rollout, tokenizer, format, section.thinking, name, section.batch)
     return local, (local.end, tokenizer.eos_id)

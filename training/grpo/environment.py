@@ -58,7 +58,8 @@ class Reply:
 class Environment(Protocol):
     """One episode at a time. reward: of the episode, added to what the reward functions say; None where it has none."""
 
-    reward: float | None
+    @property
+    def reward(self) -> float | None: ...
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
         """Begin an episode for a row of the data."""
