@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dsv3.ops
 from dsv3 import backends
-from dsv3.ops.op import OPS, Kernel, Near, Op
+from dsv3.ops.op import OPS, Kernel, Near, Op, use_backend
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -97,3 +97,25 @@ def assert_near(got: Tensor, want: Tensor, near: Near, narrow: bool, name: str) 
     if got.dim() > 1:  # one wrong row must not hide among many right ones; rows of noise near zero may
         floor = size.max() * 1e-3
         assert (error <= 4 * tolerance * size.clamp_min(floor) + 1e-30).all(), f"{name}: a row is off"
+
+
+def hold(op: Op, backend: str, kernel: Kernel, args: tuple) -> bool:
+    """Run one kernel on `args` and compare with the specification in float64; False if it does not take them."""
+    with use_backend(backend):
+        if not kernel.supports(*args):
+            return False
+        for_kernel, for_oracle = clone(args), widen(clone(args))
+        got = kernel.run(*for_kernel)
+    want = op.oracle(*for_oracle)
+    narrow = any(isinstance(leaf, Tensor) and leaf.dtype in NARROW for leaf in tree_leaves(args))
+    got, want = outputs(got), outputs(want)
+    assert len(got) == len(want)
+    nears = op.tolerance if isinstance(op.tolerance, tuple) else (op.tolerance,) * len(got)
+    nears += nears[-1:] * (len(got) - len(nears))  # the last output may be a list
+    for index, (one, other, near) in enumerate(zip(got, want, nears, strict=True)):
+        assert_near(one, other, near, narrow, f"{op.name}[{index}]")
+    for name, one, other in zip(op.signature.parameters, for_kernel, for_oracle, strict=False):
+        for written, expected in zip(tree_leaves(one), tree_leaves(other), strict=True):
+            if isinstance(written, Tensor) and name in op.mutates:
+                assert_near(written, expected, nears[0] if nears else op.tolerance, narrow, f"{op.name}({name})")
+    return True

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs. No kernels yet: ops run as their specifications on the device."""
+"""NVIDIA GPUs. The kernels are in ../triton; what differs by chip is in tables/."""
 
 import os
 import warnings
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import Backend, first_line
+from .. import Backend, first_line, triton
 
 
 def probe() -> str | None:
@@ -27,4 +27,4 @@ def probe() -> str | None:
     return f"the NVIDIA driver is there, but torch {torch.__version__} sees no GPU; {mend}"
 
 
-BACKEND = Backend(name="cuda", device="cuda", probe=probe)
+BACKEND = Backend(name="cuda", device="cuda", probe=probe, kernels=triton.modules())

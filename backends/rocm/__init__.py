@@ -1,11 +1,11 @@
-"""AMD GPUs; torch calls their device "cuda" too. No kernels yet: ops run as their specifications on the device."""
+"""AMD GPUs; torch calls their device "cuda" too. The kernels are in ../triton; what differs by chip is in tables/."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from .. import Backend
+from .. import Backend, triton
 
 
 def probe() -> str | None:
@@ -24,4 +24,4 @@ def probe() -> str | None:
     return f"the AMD driver is there, but torch {torch.__version__} sees no GPU; {mend}"
 
 
-BACKEND = Backend(name="rocm", device="cuda", probe=probe)
+BACKEND = Backend(name="rocm", device="cuda", probe=probe, kernels=triton.modules())

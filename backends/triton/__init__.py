@@ -1,0 +1,36 @@
+"""The kernels that the backends cuda and rocm share, in Triton; one file per family of ops.
+
+Not a backend by itself. Importing a family registers its kernels with both backends; what differs between the chips is
+data: `target.py` says what a chip can do, and tables/<chip>.json of either backend how large its tiles are. A kernel
+runs compiled on a GPU, interpreted on a CPU (TRITON_INTERPRET=1 before Triton is imported; how the tests hold it to its
+specification), and is compiled ahead of time for every chip without having one (`aot.py`).
+
+Rules of a kernel, each paid for once:
+- It widens to float32 before any arithmetic. Sums run in float32, indices that are multiplied by a stride in int64.
+- It never needs a value on the host: sizes come from shapes, everything else stays on the device.
+- What lies behind the last token of a page, a segment or a capacity may be NaN: select with `where`, never multiply.
+- Its launcher goes through `runtime.launch`, which is also what the ahead-of-time compiler listens to.
+"""
+
+from importlib.util import find_spec
+
+FAMILIES = (
+    "quantize",
+    "fp8_gemm",
+    "grouped_gemm",
+    "attention",
+    "attention_backward",
+    "latent_cache",
+    "decode",
+    "routing",
+    "permutation",
+    "norms",
+    "elementwise",
+    "loss",
+    "sampling",
+)
+
+
+def modules() -> tuple[str, ...]:
+    """What a backend imports to have these kernels; nothing where Triton is not installed (the probe says so)."""
+    return tuple(f"{__name__}.{family}" for family in FAMILIES) if find_spec("triton") else ()

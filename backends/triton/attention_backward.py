@@ -1,0 +1,1 @@
+"""attention_backward: no kernels yet."""

@@ -1,0 +1,1 @@
+"""grouped_gemm: no kernels yet."""

@@ -1,0 +1,1 @@
+"""latent_cache: no kernels yet."""

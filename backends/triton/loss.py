@@ -1,0 +1,1 @@
+"""loss: no kernels yet."""

@@ -1,0 +1,1 @@
+"""permutation: no kernels yet."""

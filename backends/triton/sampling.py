@@ -1,0 +1,1 @@
+"""sampling: no kernels yet."""
