@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from . import __version__
+from .bench_verb import add_bench
 from .errors import UserError
 from .eval_verb import add_eval
 
@@ -165,6 +166,7 @@ VERBS: tuple[Callable[[Verbs], None], ...] = (
     add_train,
     add_eval,
     add_doctor,
+    add_bench,
     add_generate,
     add_chat,
 )

@@ -9,8 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from importlib import import_module, metadata
-from pkgutil import iter_modules
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from . import __version__, backends, ops
 from .backends import Backend
 from .core.cache_size import CacheBytes, cache_bytes_per_token
 from .core.config import ModelConfig
-from .ops.op import OPS, Kernel, always
+from .ops.op import Kernel, Op, always
 
 # Distribution -> the extra that installs it; "" for what every installation has.
 LIBRARIES = {
@@ -136,13 +135,10 @@ def _machine_lines(report: dict[str, Any]) -> Iterable[str]:
 
 def op_rows(backend: Backend) -> list[dict[str, Any]]:
     """For every op the kernels of `backend` in the order in which a call asks them, up to one that takes every call."""
-    for module in iter_modules(ops.__path__):
-        import_module(f"{ops.__name__}.{module.name}")
-    return [row for name in sorted(OPS) for row in _rows_of(name, backend)]
+    return [row for name, op in sorted(ops.load().items()) for row in _rows_of(name, op, backend)]
 
 
-def _rows_of(name: str, backend: Backend) -> Iterable[dict[str, Any]]:
-    op = OPS[name]
+def _rows_of(name: str, op: Op, backend: Backend) -> Iterable[dict[str, Any]]:
     for kernel in [*op.kernels.get(backend.name, ()), op.specification]:
         yield {
             "op": name,

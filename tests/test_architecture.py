@@ -1,5 +1,5 @@
-"""The house's arrows: ops <- backends; ops <- core <- parallel <- wings <- quickstart, command line. Read off the
-sources."""
+"""The house's arrows: ops <- backends; ops <- core <- parallel <- wings <- quickstart; all <- command line. bench
+measures ops and backends. Read off the sources."""
 
 import ast
 import sys
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "core": {"errors", "ops", "core"},
     "parallel": {"errors", "ops", "core", "parallel"},
     **{wing: {"errors", "grading", "ops", "core", "parallel", wing} for wing in WINGS},
+    "bench": {"errors", "ops", "backends", "core", "bench"},
     "quickstart": {"errors", "grading", "ops", "core", "parallel", "training", "evaluation", "quickstart"},
 }
 

@@ -85,7 +85,7 @@ def test_the_order_of_the_rows_is_the_order_in_which_a_call_asks(monkeypatch):
 
 
 def test_a_backend_without_kernels_runs_specifications_and_claims_no_check():
-    rows = doctor.op_rows(backends.discover()["rocm"])
+    rows = doctor.op_rows(backends.discover()["ascend"])
     assert {(row["provider"], row["checked"]) for row in rows} == {("specification", "reference")}
 
 

@@ -19,8 +19,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 def load_everything() -> dict[str, st.SearchStrategy]:
     """Import every op family, every backend's kernels and every family's strategies; return the strategies by op."""
-    for module in pkgutil.iter_modules(dsv3.ops.__path__):
-        importlib.import_module(f"dsv3.ops.{module.name}")
+    dsv3.ops.load()
     for backend in backends.discover().values():
         backend.load()
     found: dict[str, st.SearchStrategy] = {}

@@ -6,10 +6,12 @@ tables/<chip>.json of the chip's backend:
                   {"tile": {"BM": 128, ...}}], ...}
 
 A launch takes the first row whose bounds all hold; the last row of a kernel has none. `dsv3 bench ops --tune` writes
-these rows on a device; what nobody has tuned yet says `"measured": false`.
+rows on a device, with what it measured; rows without `"measured"` are estimates that compile without faults.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,5 +42,37 @@ def _lookup(target: str, backend: str, kernel: str, sizes: tuple[tuple[str, int]
 
 def tile(kernel: str, **sizes: int) -> dict[str, Any]:
     """Block sizes and options for a launch of `kernel` at these sizes on the current target; not to be changed."""
+    if _asked is not None:
+        _asked.append((kernel, tuple(sizes.items())))
+    if kernel in _forced:
+        return _forced[kernel]
     target = current_target()
     return _lookup(target.name, target.backend, kernel, tuple(sizes.items()))
+
+
+# For the search ------------------------------------------------------------------------------------------------------
+
+Question = tuple[str, tuple[tuple[str, int], ...]]
+_asked: list[Question] | None = None
+_forced: dict[str, dict[str, Any]] = {}
+
+
+@contextmanager
+def listening() -> Iterator[list[Question]]:
+    """What a `with` block asks the table: kernels and sizes."""
+    global _asked
+    previous, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
+@contextmanager
+def forced(kernel: str, shape: dict[str, Any]) -> Iterator[None]:
+    """Launch `kernel` with this tile in a `with` block, whatever the table says."""
+    _forced[kernel] = shape
+    try:
+        yield
+    finally:
+        del _forced[kernel]
