@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import UserError
 
 LIBRARY = torch.library.Library("dsv3", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -79,6 +81,19 @@ class Near:
 
 EXACT = Near(0.0, 0.0)
 BF16_ROUNDING = 4e-3  # half a unit in the last place of bfloat16 is 2**-9; the rest is room for one more rounding
+
+
+class OpError(RuntimeError):
+    """A call that an op cannot compute: wrong shapes, dtypes or devices. Says what came and what the op expects."""
+
+
+def _described(value: Any) -> str:
+    """float32 [4, 7168] on cuda:0, or the value itself."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+        return f"[{', '.join(map(_described, value))}]"
+    return str(value)
 
 
 def always(*args: Any, **kwargs: Any) -> bool:
@@ -196,7 +211,24 @@ class Op:
         return self.specification
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(*args, **kwargs).run(*args, **kwargs)
+        try:
+            return self.choose(*args, **kwargs).run(*args, **kwargs)
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise self._explained(error, args, kwargs) from error
+
+    def _explained(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+        """The error with the op's name, what it was called with, and what it expects."""
+        if isinstance(error, UserError | OpError):
+            return error
+        given = [
+            f"{name}={_described(value)}" for name, value in self.signature.bind(*args, **kwargs).arguments.items()
+        ]
+        called = f"dsv3.{self.name}({', '.join(given)})"
+        if isinstance(error, torch.OutOfMemoryError):
+            size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)) / 2**20
+            text = f"{called}: out of memory; its arguments alone take {size:,.1f} MiB. {error}"
+            return torch.OutOfMemoryError(text)
+        return OpError(f"{called}: {error}\nIt expects: {inspect.cleandoc(self.__doc__ or '')}")
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         # Through the specification, then fresh memory: an op never returns an alias of its input.

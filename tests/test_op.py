@@ -19,7 +19,7 @@ from dsv3.core.model import DeepseekV3
 from dsv3.core.presets import PRESETS
 from dsv3.errors import UserError
 from dsv3.ops import op as mechanism
-from dsv3.ops.op import EXACT, OPS, Near, Op, active_backend, decompositions, op, use_backend
+from dsv3.ops.op import EXACT, OPS, Kernel, Near, Op, OpError, active_backend, decompositions, op, use_backend
 
 
 def op_of(spec, **options) -> Op:
@@ -295,3 +295,20 @@ def test_loading_a_model_activates_the_backend_that_is_asked_for(no_backend_yet,
         DeepseekV3.from_pretrained(tmp_path / "m", backend="ascend")
     with pytest.raises(UserError, match=r"unknown backend 'cdua'; did you mean 'cuda'\?"):
         DeepseekV3.from_pretrained(tmp_path / "m", backend="cdua")
+
+
+def test_a_call_that_cannot_be_computed_names_the_op_what_came_and_what_it_expects():
+    with pytest.raises(OpError) as caught:
+        OPS["quantize_tiles"](torch.zeros(2, 3, 4))
+    said = str(caught.value)
+    assert "dsv3.quantize_tiles(x=float32 [2, 3, 4] on cpu)" in said
+    assert "x [T, K] -> values [T, K]" in said and "too many values to unpack" in said
+
+
+def test_out_of_memory_names_the_op_and_the_size(monkeypatch):
+    def starve(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(OPS["swiglu"].kernels, "cpu", [Kernel("hungry", starve)])
+    with pytest.raises(torch.OutOfMemoryError, match=r"dsv3.swiglu\(gate_up=float32 \[1024, 512\].*2.0 MiB.*2.00 GiB"):
+        OPS["swiglu"](torch.zeros(1024, 512), None)

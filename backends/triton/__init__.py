@@ -32,5 +32,6 @@ FAMILIES = (
 
 
 def modules() -> tuple[str, ...]:
-    """What a backend imports to have these kernels; nothing where Triton is not installed (the probe says so)."""
-    return tuple(f"{__name__}.{family}" for family in FAMILIES) if find_spec("triton") else ()
+    """What a backend imports to have these kernels; without Triton, which the probe misses, the graphs alone."""
+    families = FAMILIES if find_spec("triton") else ()
+    return tuple(f"{__name__}.{module}" for module in ("graphs", *families))

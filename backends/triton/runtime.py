@@ -71,6 +71,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
         options = {k: v for k, v in named.items() if k not in names}
         _recorded.append(Launch(kernel, grid, arguments, options))
     elif all(grid):
+        devices = {str(value.device) for value in (*args, *named.values()) if isinstance(value, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"its tensors are on {' and '.join(sorted(devices))}; bring them to one device")
         if not _has_allocator and hasattr(triton, "set_allocator"):
             triton.set_allocator(_scratch)
             _has_allocator = True
