@@ -98,13 +98,24 @@ def assert_near(got: Tensor, want: Tensor, near: Near, narrow: bool, name: str) 
         assert (error <= 4 * tolerance * size.clamp_min(floor) + 1e-30).all(), f"{name}: a row is off"
 
 
-def hold(op: Op, backend: str, kernel: Kernel, args: tuple) -> bool:
+def on_device(op: Op, args: tuple, device: str) -> tuple:
+    """The same arguments on a device; what an op wants on the host (`lens_cpu`) stays there."""
+
+    def move(name: str, value: Any) -> Any:
+        moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+        return value if name.endswith("_cpu") else moved
+
+    return tuple(move(name, value) for name, value in zip(op.signature.parameters, args, strict=False))
+
+
+def hold(op: Op, backend: str, kernel: Kernel, args: tuple, device: str = "cpu") -> bool:
     """Run one kernel on `args` and compare with the specification in float64; False if it does not take them."""
     with use_backend(backend):
-        if not kernel.supports(*args):
+        for_kernel, for_oracle = on_device(op, clone(args), device), widen(clone(args))
+        if not kernel.supports(*for_kernel):
             return False
-        for_kernel, for_oracle = clone(args), widen(clone(args))
         got = kernel.run(*for_kernel)
+    got, for_kernel = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (got, for_kernel))
     want = op.oracle(*for_oracle)
     narrow = any(isinstance(leaf, Tensor) and leaf.dtype in NARROW for leaf in tree_leaves(args))
     got, want = outputs(got), outputs(want)

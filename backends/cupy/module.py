@@ -69,7 +69,7 @@ def _by_cupy(code: str, kernel: str, macros: tuple[tuple[str, int], ...]) -> Lau
 def _by_torch(code: str, kernel: str, macros: tuple[tuple[str, int], ...]) -> Launcher:
     """torch's own NVRTC: takes tensors or plain numbers, so that addresses go as the numbers they are."""
     defines = "".join(f"#define {name} {value}\n" for name, value in macros)
-    function = torch.cuda._compile_kernel(defines + code, kernel)  # type: ignore[attr-defined]
+    function = torch.cuda._compile_kernel(defines + code, kernel)
 
     def run(grid: Shape, block: Shape, args: tuple[Any, ...]) -> None:
         filled = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
