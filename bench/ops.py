@@ -8,8 +8,9 @@ as the quickest one of the op a kernel takes.
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from ..backends.triton.workloads import Maker, Workload, all_workloads
 from ..errors import UserError
 from ..ops import load
 from ..ops.formats import E4M3
-from ..ops.op import Kernel, Op
+from ..ops.op import Op
+from .peers import peers_of
 from .roofline import Peaks, measure_peaks, operand_width
 from .timing import seconds
 
@@ -94,8 +96,12 @@ def _time(op: Op, workload: Workload, backend: Backend, peaks: Peaks, longest: f
         if expected > longest:
             yield Timing(op.name, workload.name, kernel.provider, None, note=f"left out: about {expected:.1f} s a call")
             continue
-        taken, note = _seconds_or_why(kernel, args, backend.device)
+        taken, note = _seconds_or_why(partial(kernel.run, *args), backend.device)
         yield Timing(op.name, workload.name, kernel.provider, taken, taken and least / taken, bound, note=note)
+    if least <= longest:
+        for name, call in peers_of(op, args, backend.device):
+            taken, note = _seconds_or_why(call, backend.device)
+            yield Timing(op.name, workload.name, name, taken, taken and least / taken, bound, note=note)
 
 
 def _fp8_of(backend: Backend) -> torch.dtype:
@@ -106,9 +112,9 @@ def _fp8_of(backend: Backend) -> torch.dtype:
     return current_target().fp8 or E4M3
 
 
-def _seconds_or_why(kernel: Kernel, args: tuple[Any, ...], device: str) -> tuple[float | None, str]:
+def _seconds_or_why(call: Callable[[], Any], device: str) -> tuple[float | None, str]:
     try:
-        return seconds(lambda: kernel.run(*args), device), ""
+        return seconds(call, device), ""
     except torch.OutOfMemoryError:
         return None, "out of memory"
     except Exception as error:  # one kernel that fails must not end the table
