@@ -1,5 +1,6 @@
 """Backends: which there are, which can run here, and what is said about those that cannot."""
 
+import re
 import subprocess
 import sys
 import types
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from dsv3 import UserError, backends
-from dsv3.backends import Backend, activate, ascend, cuda, discover, rocm, use_backend
+from dsv3.backends import Backend, activate, ascend, cuda, discover, rocm, triton, use_backend
+from dsv3.backends.triton import target
 from dsv3.ops.cache_layout import cache_layout, fused_layout
 from dsv3.ops.general import rms_norm
 from dsv3.ops.op import OPS, active_backend
@@ -27,6 +29,7 @@ def process_of_its_own(monkeypatch: pytest.MonkeyPatch):
     discover.cache_clear()
     yield
     discover.cache_clear()
+    target._of_device.cache_clear()
     backends.set_backend(before)
 
 
@@ -156,28 +159,48 @@ def test_a_broken_package_is_told_of_and_harms_nobody(plugin, target):
 # --- why not ---
 
 
-def build(monkeypatch, cuda: str | None = None, hip: str | None = None, device: bool = False) -> None:
+HOPPER = SimpleNamespace(
+    major=9, minor=0, shared_memory_per_block_optin=232_448, multi_processor_count=132, warp_size=32
+)
+TURING = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=65_536, multi_processor_count=40, warp_size=32)
+MI300X = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304, warp_size=64)
+RDNA = SimpleNamespace(gcnArchName="gfx1100", multi_processor_count=96, warp_size=32)
+
+
+def build(monkeypatch, cuda: str | None = None, hip: str | None = None, device: SimpleNamespace | None = None) -> None:
     """Let torch be built for something, and see a device or not."""
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    target._of_device.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("probe", "built", "reason"),
     [
-        (cuda.probe, {"cuda": "13.0", "device": True}, None),
+        (cuda.probe, {"cuda": "13.0", "device": HOPPER}, None),
+        (cuda.probe, {"cuda": "13.0", "device": TURING}, "sm_75 is older than sm_80; choose another"),
         (cuda.probe, {}, "built without CUDA; install"),
-        (cuda.probe, {"hip": "7.0", "device": True}, "use --backend rocm"),
-        (rocm.probe, {"hip": "7.0", "device": True}, None),
+        (cuda.probe, {"hip": "7.0", "device": MI300X}, "use --backend rocm"),
+        (rocm.probe, {"hip": "7.0", "device": MI300X}, None),
+        (rocm.probe, {"hip": "7.0", "device": RDNA}, "gfx1100 is not one of gfx942, gfx950; choose another"),
         (rocm.probe, {}, "built without ROCm; install"),
-        (rocm.probe, {"cuda": "13.0", "device": True}, "built without ROCm; install"),
+        (rocm.probe, {"cuda": "13.0", "device": HOPPER}, "built without ROCm; install"),
     ],
 )
 def test_a_gpu_backend_needs_its_own_build_of_torch(monkeypatch, probe, built, reason):
     build(monkeypatch, **built)
     answer = probe()
     assert answer is None if reason is None else reason in answer and "\n" not in answer
+
+
+@pytest.mark.parametrize("probe, built", [(cuda.probe, {"cuda": "13.0"}), (rocm.probe, {"hip": "7.0"})])
+def test_a_gpu_backend_needs_triton(monkeypatch, probe, built):
+    build(monkeypatch, **built, device=HOPPER)
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    assert re.match(r"Triton is not installed; pip install 'dsv3\[(cuda|rocm)\]'$", probe() or "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""NVIDIA GPUs. The kernels are in ../triton; what differs by chip is in tables/."""
+"""NVIDIA GPUs. The kernels are in ../triton; what differs by chip is in tables/.
+
+ADAPTERS put vendors' libraries before them, where those are installed and take the arguments.
+"""
 
 import os
 import warnings
@@ -6,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .. import Backend, first_line, triton
+from .. import Backend, cupy, first_line, triton
+
+ADAPTERS = tuple(f"{__name__}.{name}" for name in ("cudnn", "deep_gemm", "flash_mla", "flashinfer", "scaled_mm"))
 
 
 def probe() -> str | None:
@@ -17,7 +22,7 @@ def probe() -> str | None:
     with warnings.catch_warnings(record=True) as caught:  # torch tells of an old driver by a warning
         warnings.simplefilter("always")
         if torch.cuda.is_available():
-            return None
+            return triton.why_not("cuda")
     if caught:
         return f"torch {torch.__version__} finds no GPU: {first_line(caught[0].message)}"  # type: ignore[arg-type]
     if not Path("/proc/driver/nvidia/version").exists():
@@ -27,4 +32,4 @@ def probe() -> str | None:
     return f"the NVIDIA driver is there, but torch {torch.__version__} sees no GPU; {mend}"
 
 
-BACKEND = Backend(name="cuda", device="cuda", probe=probe, kernels=triton.modules())
+BACKEND = Backend(name="cuda", device="cuda", probe=probe, kernels=triton.modules() + cupy.modules() + ADAPTERS)

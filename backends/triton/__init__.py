@@ -35,3 +35,19 @@ def modules() -> tuple[str, ...]:
     """What a backend imports to have these kernels; without Triton, which the probe misses, the graphs alone."""
     families = FAMILIES if find_spec("triton") else ()
     return tuple(f"{__name__}.{module}" for module in ("graphs", *families))
+
+
+def why_not(extra: str) -> str | None:
+    """What keeps these kernels from running on the current GPU, and what to do; None if nothing does.
+
+    extra: of the package, with what the backend wants.
+    """
+    if find_spec("triton") is None:
+        return f"Triton is not installed; pip install 'dsv3[{extra}]'"
+    from .target import current_target
+
+    try:
+        current_target()
+    except LookupError as error:
+        return f"the kernels do not know this GPU: {error.args[0]}; choose another with CUDA_VISIBLE_DEVICES"
+    return None
