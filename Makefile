@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help quickstart test check lint types test-long test-peers test-gpu clean
+.PHONY: help quickstart test check lint types test-aot test-long test-peers test-gpu clean
 
 help:
 	@echo 'make quickstart  train a small DeepSeek-V3 on the text and code of this machine, and talk to it'
@@ -20,6 +20,7 @@ help:
 	@echo 'make check       lint, types and the fast tests'
 	@echo 'make lint        ruff'
 	@echo 'make types       mypy'
+	@echo 'make test-aot    compile every GPU kernel at every size for every chip; needs no GPU'
 	@echo 'make test-long   the tests that are too slow for make test'
 	@echo 'make test-peers  the tests that compare with TRL and lm-eval'
 	@echo 'make test-gpu    the tests on a GPU; skipped where there is none'
@@ -29,11 +30,16 @@ help:
 quickstart: $(VENV)/.train
 	env -u OMP_NUM_THREADS $(BIN)/dsv3 quickstart $(ARGS)
 
+# What `make test` leaves out. Triton interprets in a process of its own; its tests are many and alike, so that workers
+# take them one by one. pytest's 5 says that ARGS, or a platform without Triton, left nothing to run.
+ELSEWHERE := not long and not gpu and not peer and not interpreter and not compiled and not aot
 test: $(VENV)/.dev
-	$(PYTEST) -m "not long and not gpu and not peer" $(ARGS)
+	$(PYTEST) -m "$(ELSEWHERE)" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --dist load -m interpreter $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) --dist load -m compiled $(ARGS) || [ $$? -eq 5 ]
 
 check: lint types $(VENV)/.dev
-	$(PYTEST) -m "not slow and not long and not gpu and not peer" $(ARGS)
+	$(PYTEST) -m "not slow and $(ELSEWHERE)" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,6 +49,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/dsv3
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p dsv3
+
+test-aot: $(VENV)/.dev
+	$(PYTEST) --dist load -m aot $(ARGS)
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m "long and not gpu" $(ARGS)
