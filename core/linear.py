@@ -94,9 +94,10 @@ class Linear(nn.Module):
         return ((self.weight, version(self.weight)),)
 
     def _plain(self, dtype: torch.dtype) -> Weight:
-        if self.weight_scale_inv is not None:
-            return Weight(self.weight, self.weight_scale_inv, "fp8_ue8m0" if self.power_of_two_scales else "fp8")
-        return Weight(self.weight if self.weight.dtype == dtype else self.weight.to(dtype))
+        weight, scale = self.weight, self.weight_scale_inv  # once: a look-up in a module takes half a microsecond
+        if scale is not None:
+            return Weight(weight, scale, "fp8_ue8m0" if self.power_of_two_scales else "fp8")
+        return Weight(weight if weight.dtype == dtype else weight.to(dtype))
 
     def for_input(self, x: Tensor) -> Weight:
         """The weight as the op takes it.

@@ -56,9 +56,9 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         c = self.config
-        q_nope, q_rope = self._queries(x).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_nope, q_rope = self._queries(x).split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope = self._rotate(q_rope, step)  # [T, H, r]
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)  # [T, R]
         k_rope = self._rotate(k_rope, step)  # [T, r], one head for all
 

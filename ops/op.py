@@ -136,8 +136,8 @@ def _dispatcher_is_needed() -> bool:
     """For gradients, traces, fake tensors, profiles. Plain inference goes without: to box the arguments of a decoding
     step's calls takes a tenth of the step."""
     return (
-        not torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: tracing follows no further
+        or not torch.is_inference_mode_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.profiler._is_profiler_enabled
     )
@@ -185,7 +185,9 @@ class Op:
         return f"Op({self.name}{self.signature})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.overload if _dispatcher_is_needed() else self._run)(*args, **kwargs)
+        if _dispatcher_is_needed():
+            return self.overload(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
     def kernel(self, backend: str, provider: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as a kernel of `backend`; `options` are Kernel's fields."""

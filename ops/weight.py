@@ -34,13 +34,13 @@ class Weight:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [..., K] -> [..., N] in x's dtype. FP8 weights meet activations quantised in tiles of 1 x 128."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if weight.scale is None:
         y = gemm(rows, weight.data, weight.layout)
     else:
         values, scales = quantize_tiles(rows, weight.data.dtype, weight.format == "fp8_ue8m0")
         y = fp8_gemm(values, scales, weight.data, weight.scale, x.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:

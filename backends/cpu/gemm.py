@@ -5,7 +5,8 @@ torch has no single fastest product here. What decides (measured, two cores, TFL
   loop (0.02) that is best for up to four rows only, and widening to float32 first wins (0.13 to 0.17). float16 is slow
   everywhere (0.001).
 - float32 is faster through oneDNN than through torch.matmul on AVX512 (0.45 against 0.21), and equal to it on AVX2, but
-  for one row: there a weight is read at 22 GB/s instead of 18 (AVX2, of 27 that the memory gives).
+  for one row: there a weight is read at 22 GB/s instead of 18 (AVX2, of 27 that the memory gives). Small products are
+  faster through torch.mm everywhere.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 
 FEW_ROWS = 4  # up to here torch multiplies bfloat16 by itself faster than after widening
 DECODE_ROWS = 16  # up to here a visit to the experts that have rows beats one call over all of them
+# A call of oneDNN costs 12 us before it multiplies anything (36 among calls of other sizes), one of torch.mm 2:
+SMALL_PRODUCT = 1 << 22  # multiplications up to which torch.mm is faster,
+SMALL_WEIGHT = 1 << 20  # and elements of a weight that meets one row
 WIDEN_AT_ONCE = 1 << 24  # elements; a 16-bit weight is widened in pieces, so that it never stands in memory twice
 GROUPED_ALIGNMENT = 16  # bytes; grouped_mm refuses rows that are no multiple
 
@@ -66,9 +70,11 @@ def onednn_is_faster() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _onednn_pays(a: Tensor, b: Tensor) -> bool:
-    """For float32 a [M, K] times b [K, N]."""
-    return onednn_is_exact() and (onednn_is_faster() if len(a) > 1 else b.stride(0) == 1)
+def _onednn_pays(M: int, K: int, N: int, along_k: bool) -> bool:
+    """For float32 [M, K] times [K, N]; along_k: the second factor is stored along K."""
+    if M == 1:
+        return along_k and K * N > SMALL_WEIGHT and onednn_is_exact()
+    return M * K * N > SMALL_PRODUCT and onednn_is_faster() and onednn_is_exact()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,7 +89,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _float32_product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    if not _onednn_pays(a, b):
+    if not _onednn_pays(a.shape[0], a.shape[1], b.shape[1], b.stride(0) == 1):
         return torch.mm(a, b, out=out)
     result = onednn_linear(a, b.T)
     return result if out is None else out.copy_(result)
@@ -103,7 +109,9 @@ def is_plain(a: Tensor, b: Tensor, layout: str = "plain") -> bool:
 
 
 def _onednn_applies(a: Tensor, b: Tensor, layout: str = "plain") -> bool:
-    return layout == "plain" and a.dtype == b.dtype == torch.float32 and _onednn_pays(a, b.T)
+    if layout != "plain" or not a.dtype == b.dtype == torch.float32:
+        return False
+    return _onednn_pays(a.shape[0], a.shape[1], b.shape[0], b.stride(1) == 1)
 
 
 @gemm.kernel("cpu", "onednn", priority=10, available=onednn_is_exact, supports=_onednn_applies)

@@ -25,7 +25,8 @@ def _is_wide(*tensors: Tensor | None) -> bool:
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) [..., 1], without an x^2 in memory."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @rms_norm.kernel("cpu", "torch", supports=lambda x, w, eps: _is_wide(x, w))
@@ -60,12 +61,13 @@ def _add_rms_norm_backward(
     return of_total.add_(grad_total), of_w
 
 
-def _rotate(x: Tensor, positions: Tensor, table: Tensor, direction: float) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, table: Tensor, back: bool) -> Tensor:
     """A pair is a complex number and its angle another: one product, in one pass (a third of the time, or less)."""
     real = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = table[positions].to(real).chunk(2, -1)
-    turn = torch.complex(cos, sin * direction)
-    wide = x.to(real).unflatten(-1, (-1, 2))
+    turn = torch.complex(*table.index_select(0, positions).to(real).chunk(2, -1))
+    if back:
+        turn = turn.conj_physical()
+    wide = x.to(real).view(*x.shape[:-1], -1, 2)
     if any(stride % 2 for stride in wide.stride()[:-1]) or wide.storage_offset() % 2:
         wide = wide.contiguous()
     turned = torch.view_as_complex(wide) * (turn if x.dim() == 2 else turn[:, None])
@@ -74,12 +76,12 @@ def _rotate(x: Tensor, positions: Tensor, table: Tensor, direction: float) -> Te
 
 @rope.kernel("cpu", "torch")
 def _rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-    return _rotate(x, positions, table, 1.0)
+    return _rotate(x, positions, table, back=False)
 
 
 @rope_backward.kernel("cpu", "torch")
 def _rope_backward(grad: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-    return _rotate(grad, positions, table, -1.0)
+    return _rotate(grad, positions, table, back=True)
 
 
 @swiglu.kernel("cpu", "torch", supports=lambda gate_up, weight: _is_wide(gate_up, weight))

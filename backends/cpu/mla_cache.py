@@ -98,25 +98,25 @@ def _one_sequence(q: Tensor, latent: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _whole_batch(
-    q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: float, kv_lora_rank: int
+    q: Tensor, pages: Tensor, table: Tensor, lens: Tensor, longest: int, scale: float, kv_lora_rank: int
 ) -> tuple[Tensor, Tensor]:
-    """All sequences padded to the longest, one call: for many short contexts, where calls cost more than arithmetic."""
+    """All sequences padded to the longest, one call: for many short contexts, where calls cost more than arithmetic.
+    Each must hold its S new tokens at least."""
     B, S, H, D = q.shape
-    page, longest = pages.shape[1], int(lens.max())
-    token = torch.arange(longest)
-    slots = (table.long() * page).index_select(1, token // page).add_(token % page)  # [B, longest]
-    # What lies behind a sequence may be NaN, and 0 x NaN is NaN: its own first token stands there instead.
-    slots = torch.where(token < lens[:, None], slots, slots[:, :1].where(lens[:, None] > 0, 0))
-    rows = pages.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, (B, longest))
-    latent = _read_latent(rows, kv_lora_rank, q.dtype)
-    seen = lens[:, None] - S + 1 + torch.arange(S)  # [B, S]
-    hidden = token >= seen[..., None]  # [B, S, longest]
-    mask = torch.zeros(B, S, longest, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+    page, token = pages.shape[1], torch.arange(longest, dtype=torch.int32)
+    # What lies behind a sequence may be NaN, and 0 x NaN is NaN: its own last token stands there instead.
+    place = torch.minimum(token, lens[:, None] - 1)  # [B, longest]
+    if table.shape[1] == 1:
+        slots = place.add_(table * page)
+    else:
+        slots = table.gather(1, (place // page).long()).mul_(page).add_(place % page)
+    latent = _read_latent(pages.flatten(0, 1).index_select(0, slots.view(-1)), kv_lora_rank, q.dtype)
+    kv = latent.view(B, 1, longest, D)
+    seen = lens[:, None, None] + torch.arange(1 - S, 1, dtype=torch.int32)[:, None]  # [B, S, 1]
+    mask = torch.zeros(B, S, longest, dtype=q.dtype).masked_fill_(token >= seen, float("-inf"))
     mask = mask.expand(B, H, longest) if S == 1 else mask.repeat_interleave(H, 1)
-    mask = mask[:, None]
-    out, lse = _flash(q.view(B, 1, S * H, D), latent[:, None], latent[:, None], 0.0, False, attn_mask=mask, scale=scale)
-    out, lse, nothing = out.view(B, S, H, D), lse.view(B, S, H), (seen <= 0)[..., None]
-    return out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, float("-inf"))
+    out, lse = _flash(q.view(B, 1, S * H, D), kv, kv, 0.0, False, attn_mask=mask[:, None], scale=scale)
+    return out.view(B, S, H, D), lse.view(B, S, H)
 
 
 @mla_decode.kernel("cpu", "torch")
@@ -132,9 +132,10 @@ def _mla_decode(
 ) -> tuple[Tensor, Tensor]:
     (B, S, H, D), R, pages = q.shape, kv_lora_rank, cache[0]
     page, lengths, q = pages.shape[1], lens_cpu.tolist(), q.contiguous()
-    padded = B * max(lengths)
-    if B > 1 and 0 < padded <= 2 * sum(lengths) and padded * D * q.itemsize <= PADDED_BYTES:
-        out, lse = _whole_batch(q, pages, table, lens, scale, R)
+    longest, padded = max(lengths), B * max(lengths)
+    short = padded <= 2 * sum(lengths) and padded * D * q.itemsize <= PADDED_BYTES
+    if B > 1 and short and min(lengths) >= S:
+        out, lse = _whole_batch(q, pages, table, lens, longest, scale, R)
         return out[..., :R].contiguous(), lse.contiguous()
     out = q.new_zeros(B, S, H, R)
     lse = q.new_full((B, S, H), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
