@@ -11,7 +11,9 @@ import torch
 
 from .. import Backend, cupy, first_line, triton
 
-ADAPTERS = tuple(f"{__name__}.{name}" for name in ("cudnn", "deep_gemm", "flash_mla", "flashinfer", "scaled_mm"))
+ADAPTERS = tuple(
+    f"{__name__}.{name}" for name in ("cudnn", "deep_ep", "deep_gemm", "flash_mla", "flashinfer", "scaled_mm")
+)
 
 
 def probe() -> str | None:
