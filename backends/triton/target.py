@@ -73,7 +73,7 @@ def _of_device(index: int) -> Target:
             raise LookupError(f"{name} is not one of {', '.join(n for n in TARGETS if n.startswith('gfx'))}")
         target = TARGETS[name]
     else:
-        target = nearest(properties.major, properties.minor, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        target = nearest(properties.major, properties.minor, properties.shared_memory_per_block_optin)
     fp8 = target.fp8 if torch.version.hip or (properties.major, properties.minor) >= (8, 9) else None
     return Target(
         target.name, target.backend, fp8, target.shared, properties.multi_processor_count, properties.warp_size
