@@ -1,5 +1,6 @@
 """Arguments of the head's loss."""
 
+import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -9,7 +10,9 @@ from .draw import REAL, TOKENS, Draw, integers, normal
 
 
 def inputs(draw: Draw) -> tuple[Tensor, Tensor, Tensor, float]:
-    T, D, V, dtype = draw(TOKENS), draw(st.sampled_from([1, 16, 48])), draw(st.sampled_from([33, 200])), draw(REAL)
+    T, V, dtype = draw(TOKENS), draw(st.sampled_from([33, 200])), draw(REAL)
+    # A single number that comes out near 0 says nothing where the gradients of logits are rounded to 16 bits.
+    D = draw(st.sampled_from([1, 16, 48] if dtype == torch.float32 else [16, 48]))
     target = integers(draw, 0, V, T).long()
     target[integers(draw, 0, 4, T) == 0] = IGNORE
     # Small weights: a distribution with one certain outcome has entropy and gradients of nothing but rounding errors.
