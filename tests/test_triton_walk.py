@@ -17,14 +17,14 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(not interpreted(), rea
 EXAMPLES = {"sm_90": 12, "gfx942": 8, "sm_80": 4, "gfx950": 2}  # the chips differ by their FP8 and their tiles
 
 
-def kernels(provider: str = "triton") -> list:
-    """(op, target, kernel): every kernel of this provider, for every chip with tiles of its own."""
+def kernels(providers: tuple[str, ...] = ("triton", "blas")) -> list:
+    """(op, target, kernel): every kernel of these providers, for every chip with tiles of its own."""
     return [
         (op, target, kernel)
         for op in OPS.values()
         for target in EXAMPLES
         for kernel in op.kernels.get(TARGETS[target].backend, ())
-        if kernel.provider == provider
+        if kernel.provider in providers
     ]
 
 

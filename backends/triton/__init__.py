@@ -22,6 +22,7 @@ FAMILIES = (
     "blas",
     "attention",
     "attention_backward",
+    "merge",
     "latent_cache",
     "decode",
     "routing",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arguments.draw import REAL, SEEDS, TOKENS, normal
-from arguments.gemm import ragged
+from arguments.gemm import ROWS, ragged
 from dsv3.ops.formats import E4M3, E4M3_FNUZ, FP8_MAX, num_blocks
 
 FORMATS = st.sampled_from([E4M3, E4M3_FNUZ])
@@ -75,7 +75,7 @@ def dequantize_blocks(draw: Callable[..., Any]) -> tuple[Any, ...]:
 
 @st.composite
 def fp8_gemm(draw: Callable[..., Any]) -> tuple[Any, ...]:
-    T, N, K, dtype = draw(TOKENS), draw(OUTPUTS), draw(INPUTS), draw(FORMATS)
+    T, N, K, dtype = draw(ROWS), draw(OUTPUTS), draw(INPUTS), draw(FORMATS)
     a, sa = tiles(draw, T, K, dtype)
     if draw(st.booleans()):  # Dgrad reads the weight transposed
         b, sb = values(draw, K, N, dtype=dtype).T, scales(draw, num_blocks(K), num_blocks(N)).T
@@ -117,9 +117,11 @@ def masked_fp8_gemm(draw: Callable[..., Any]) -> tuple[Any, ...]:
 
 @st.composite
 def grouped_fp8_wgrad(draw: Callable[..., Any]) -> tuple[Any, ...]:
-    """Segments of whole tiles, as `permute` makes them with align 128, and rows behind the last."""
+    """Segments of whole tiles, as `permute` makes them with align 128, or of any size, and rows behind the last."""
     N, K, dtype = draw(GRADIENTS), draw(GRADIENTS), draw(FORMATS)
-    sizes = draw(st.lists(st.sampled_from([0, 128, 256]), min_size=1, max_size=3))
+    sizes = draw(
+        st.lists(st.sampled_from(draw(st.sampled_from([[0, 128, 256], [0, 100, 128, 300]]))), min_size=1, max_size=3)
+    )
     bounds = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     R = max(1, sum(sizes)) + draw(st.sampled_from([0, 5]))
     return *tiles(draw, N, R, dtype), *tiles(draw, K, R, dtype), bounds

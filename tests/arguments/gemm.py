@@ -13,6 +13,7 @@ from arguments.draw import REAL, TOKENS, normal, offsets
 # of what grouped products of vendors align to in bfloat16, 17 in none.
 SIZES = st.sampled_from([16, 17, 20, 32, 64])
 EXPERTS = st.integers(1, 6)
+ROWS = st.one_of(TOKENS, st.sampled_from([150, 300]))  # kernels for many rows an expert want more than tokens of a step
 
 
 def rows_of_no_expert_are_nan(x: Tensor, bounds: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def rows_of_no_expert_are_nan(x: Tensor, bounds: Tensor) -> Tensor:
 @st.composite
 def ragged(draw: Callable[..., Any]) -> tuple[int, int, Tensor]:
     """Rows, experts and boundaries; sometimes an empty expert, all rows at one expert, or rows of no expert."""
-    rows, experts = draw(TOKENS), draw(EXPERTS)
+    rows, experts = draw(ROWS), draw(EXPERTS)
     return rows, experts, offsets(draw, draw(st.integers(0, rows)), experts)
 
 

@@ -26,7 +26,7 @@ def attention_inputs(draw: Draw) -> tuple:
     (n, r, dv), H, dtype = draw(HEAD_DIMS), draw(HEADS), draw(REAL)
     batch = draw(st.integers(1, 3))
     lengths = st.lists(st.sampled_from([0, 1, 5, 16, 21]), min_size=batch, max_size=batch)
-    q_len = draw(st.one_of(lengths, st.sampled_from([1, 7, 40]).map(lambda length: [length] * batch)))
+    q_len = draw(st.one_of(lengths, st.sampled_from([1, 7, 40, 150 // batch]).map(lambda length: [length] * batch)))
     k_len = draw(st.one_of(st.just(q_len), lengths))
     Tq, Tk = (max(sum(lengths) + draw(st.sampled_from([0, 3])), 1) for lengths in (q_len, k_len))
     return (
