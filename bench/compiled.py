@@ -7,10 +7,10 @@ from ..backends import discover
 from ..backends.triton.aot import Build, build
 from ..backends.triton.runtime import recording
 from ..backends.triton.target import TARGETS, Target, use_target
-from ..backends.triton.workloads import Maker, Workload, all_workloads
 from ..ops import load
 from ..ops.formats import E4M3
 from ..ops.op import use_backend
+from .workloads import Maker, Workload, all_workloads
 
 
 @dataclass(frozen=True)

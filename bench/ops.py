@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backends import Backend, activate
-from ..backends.triton.workloads import Maker, Workload, all_workloads
 from ..errors import UserError
 from ..ops import load
 from ..ops.formats import E4M3
@@ -26,6 +25,7 @@ from ..ops.op import Op
 from .peers import peers_of
 from .roofline import Peaks, measure_peaks, operand_width
 from .timing import seconds
+from .workloads import Maker, Workload, all_workloads
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from ..backends import Backend
 from ..backends.triton import aot, tables
 from ..backends.triton.runtime import recording
 from ..backends.triton.target import current_target
-from ..backends.triton.workloads import Maker, Workload, all_workloads
 from ..core.files import atomic_write
 from ..errors import UserError
 from ..ops import load
 from ..ops.formats import E4M3
 from ..ops.op import Kernel
 from .timing import seconds
+from .workloads import Maker, Workload, all_workloads
 
 Tile = dict[str, Any]
 FASTER = 0.98  # of the time so far: less is noise

@@ -9,9 +9,9 @@ from walk import load_everything
 from dsv3.backends.triton import tables
 from dsv3.backends.triton.reference import REASONS
 from dsv3.backends.triton.target import TARGETS, interpreted, nearest
-from dsv3.backends.triton.workloads import all_workloads
 from dsv3.bench import page
 from dsv3.bench.compiled import compile_workload, survey
+from dsv3.bench.workloads import all_workloads
 from dsv3.ops import load
 
 load_everything()

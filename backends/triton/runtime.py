@@ -38,7 +38,6 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
-_has_allocator = False
 
 
 @contextmanager
@@ -63,7 +62,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
     Products and sums are fused into one rounding only where `enable_fp_fusion=True` is given: most ops promise exact
     bytes. A grid without programs launches nothing.
     """
-    global _has_allocator
     named = {"enable_fp_fusion": False, **named}
     if _recorded is not None:
         names = kernel.arg_names
@@ -74,9 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
         devices = {str(value.device) for value in (*args, *named.values()) if isinstance(value, torch.Tensor)}
         if len(devices) > 1:
             raise ValueError(f"its tensors are on {' and '.join(sorted(devices))}; bring them to one device")
-        if not _has_allocator and hasattr(triton, "set_allocator"):
-            triton.set_allocator(_scratch)
-            _has_allocator = True
+        triton.set_allocator(_scratch)  # of this thread: autograd runs backward in threads of its own
         kernel[grid](*args, **named)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.mla_cache import encode_fp8_latent, fp8_latent_bytes, mla_decode_plan
+from ...ops.mla_cache import encode_fp8_latent, fp8_latent_bytes, mla_decode_plan
 from .maker import Maker, workload
 
 RANK, ROPE, PAGE, HEADS = 512, 64, 64, 128

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ....ops.moe import destinations
+from ...ops.moe import destinations
 from .maker import CHOSEN, EXPERTS, HIDDEN, Maker, workload
 
 TRAINING, DECODING, OF_A_RANK = 4096, 64, 32  # tokens; experts

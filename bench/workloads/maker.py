@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.formats import FP8_MAX, num_blocks
-from ....ops.fp8 import m_major
+from ...ops.formats import FP8_MAX, num_blocks
+from ...ops.fp8 import m_major
 
 HIDDEN, INNER, VOCABULARY, EXPERTS, CHOSEN = 7168, 2048, 129_280, 256, 8
 BF16 = torch.bfloat16

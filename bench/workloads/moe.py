@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops.moe import destinations, permuted_rows
+from ...ops.moe import destinations, permuted_rows
 from .maker import CHOSEN, EXPERTS, HIDDEN, Maker, workload
 
 TRAINING, DECODING = 4096, 64  # tokens
