@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs triton")
+pytest.importorskip("triton", reason="needs triton")
 
 from triton.runtime import _allocation
 
