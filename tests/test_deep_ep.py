@@ -4,21 +4,16 @@ import pytest
 import stand_ins
 import torch
 from arguments.collectives import world
+from stand_ins import adapter
 from stand_ins import deep_ep as library
 from walk import load_everything
 
 from dsv3.backends import probing
 from dsv3.backends.cuda import deep_ep
 from dsv3.ops.collectives import ep_combine_masked, ep_dispatch_masked
-from dsv3.ops.op import Kernel, Op
 
 load_everything()
 BF16 = torch.bfloat16
-
-
-def adapter(op: Op) -> Kernel:
-    (kernel,) = [kernel for kernel in op.kernels["cuda"] if kernel.provider == "deep_ep"]
-    return kernel
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +27,9 @@ def takes(
     T: int = 4, D: int = 2048, k: int = 2, capacity: int = 4, experts: int = 8, dtype: torch.dtype = BF16
 ) -> bool:
     idx = torch.zeros(T, k, dtype=torch.int32)
-    return adapter(ep_dispatch_masked).supports(torch.zeros(T, D, dtype=dtype), idx, experts, capacity, world())
+    return adapter(ep_dispatch_masked, "deep_ep").supports(
+        torch.zeros(T, D, dtype=dtype), idx, experts, capacity, world()
+    )
 
 
 def test_it_takes_bf16_of_the_sizes_that_its_kernels_are_made_for():
@@ -66,7 +63,7 @@ def test_no_buffer_is_made_while_a_graph_is_captured(monkeypatch):
 def test_the_handle_says_who_combines():
     y, place, slots = torch.zeros(8, 4, 2048, dtype=BF16), torch.zeros(4, 2), torch.zeros(32)
     source, layout = torch.zeros(8, 8, dtype=torch.int32), torch.zeros(8, 1, dtype=torch.int64)
-    supports = adapter(ep_combine_masked).supports
+    supports = adapter(ep_combine_masked, "deep_ep").supports
     assert supports(y, [place, slots, source, layout], world())
     assert not supports(y, [place, slots], world())
     assert not supports(y.float(), [place, slots, source, layout], world())
@@ -82,12 +79,12 @@ def test_it_is_available_on_hopper_with_its_own_functions(monkeypatch):
     hopper(monkeypatch)
     pytest.importorskip("triton")
     for op in (ep_dispatch_masked, ep_combine_masked):
-        kernel = adapter(op)
+        kernel = adapter(op, "deep_ep")
         assert kernel.available() and kernel.checked == "emulated" and kernel is op.kernels["cuda"][0]
     other = stand_ins.module("deep_ep", Buffer=type("Buffer", (), {"dispatch": len}))
     stand_ins.install(monkeypatch, deep_ep=other)
-    assert not adapter(ep_dispatch_masked).available()
+    assert not adapter(ep_dispatch_masked, "deep_ep").available()
     assert "deep_ep.Buffer has no low_latency_dispatch" in probing.REASONS["deep_ep"]
     hopper(monkeypatch, (8, 0))
-    assert not adapter(ep_dispatch_masked).available()
+    assert not adapter(ep_dispatch_masked, "deep_ep").available()
     assert probing.REASONS["deep_ep"] == "made for Hopper (sm_90), this GPU is sm_80"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dsv3.backends import probing
+from dsv3.ops.op import Kernel, Op
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
@@ -24,3 +25,9 @@ def module(name: str, **attributes: Any) -> types.ModuleType:
     made = types.ModuleType(name)
     made.__dict__.update(attributes)
     return made
+
+
+def adapter(op: Op, provider: str, backend: str = "cuda") -> Kernel:
+    """The kernel of this provider."""
+    (kernel,) = [kernel for kernel in op.kernels[backend] if kernel.provider == provider]
+    return kernel
