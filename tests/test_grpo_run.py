@@ -220,8 +220,8 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
         for key in a.keys() - set(tiny.TIMED):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    for key, tensor in first.items():
-        torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-5)
+    for key, tensor in first.items():  # Adam divides by a gradient's size: where that is rounding, so is the step
+        torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-4)
     start = load_file(data / "model" / "model.safetensors")
     assert any(not torch.equal(tensor, start[key]) for key, tensor in first.items())
 
