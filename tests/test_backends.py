@@ -29,7 +29,7 @@ def process_of_its_own(monkeypatch: pytest.MonkeyPatch):
     discover.cache_clear()
     yield
     discover.cache_clear()
-    target._of_device.cache_clear()
+    target.forget_device()
     backends.set_backend(before)
 
 
@@ -174,7 +174,7 @@ def build(monkeypatch, cuda: str | None = None, hip: str | None = None, device: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device is not None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    target._of_device.cache_clear()
+    target.forget_device()
 
 
 @pytest.mark.parametrize(

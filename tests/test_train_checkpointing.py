@@ -45,7 +45,8 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    (tmp_path / "step-00000001.tmp-elsewhere-1").mkdir()  # of a writer that was killed
+    (tmp_path / "step-00000001.tmp-elsewhere-1").mkdir()  # of writers that were killed
+    (tmp_path / ".latest.tmp-1-abcd").touch()
     for step in (5, 10, 20, 100):
         save(checkpoints, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000020", "step-00000100"]

@@ -109,9 +109,12 @@ class Checkpoints:
         kept = self._list()
         for path in kept[: -self.keep]:
             shutil.rmtree(path)
-        for path in self.directory.glob("step-*.tmp-*"):  # of writers that were killed
+        # Of writers that were killed; nobody else writes here.
+        for path in self.directory.glob("step-*.tmp-*"):
             if path.name.split(".")[0] < kept[-1].name:
                 shutil.rmtree(path)
+        for path in self.directory.glob(".latest.tmp-*"):
+            path.unlink()
 
 
 def verify(path: Path) -> Saved:

@@ -65,6 +65,12 @@ def nearest(major: int, minor: int, shared: int) -> Target:
 
 
 @cache
+def _has_gpu() -> bool:
+    """Asked once: the driver takes microseconds to answer, and a decoding step asks a hundred times."""
+    return torch.cuda.is_available()
+
+
+@cache
 def _of_device(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
@@ -80,11 +86,17 @@ def _of_device(index: int) -> Target:
     )
 
 
+def forget_device() -> None:
+    """Look again at the next question: for tests, which change the device."""
+    _has_gpu.cache_clear()
+    _of_device.cache_clear()
+
+
 def current_target() -> Target:
     """The chip to launch for: the chosen one, that of the current device, or, interpreted, the backend's usual one."""
     if _chosen is not None:
         return _chosen
-    if torch.cuda.is_available():
+    if _has_gpu():
         return _of_device(torch.cuda.current_device())
     return USUAL[active_backend()]
 
