@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,6 +158,8 @@ def _compile(args: argparse.Namespace, names: list[str]) -> int:
             raise UserError(f"unknown chip {chip!r}; there are {', '.join(TARGETS)}")
     if args.page and (args.ops or chips or args.first):
         raise UserError("--page is about all kernels and chips: leave out --ops, --chips and --first")
+    if args.page and not Path(args.page).absolute().parent.is_dir():  # said now, and not after minutes of compiling
+        raise UserError(f"--page {args.page}: there is no folder {Path(args.page).parent}; make it first")
     rows = []
     console = Console(stderr=True)
     with console.status("compiling") as status:

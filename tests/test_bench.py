@@ -102,6 +102,7 @@ def test_the_command_prints_a_row_per_kernel_as_json(capsys):
         (["--chips", "sm_90"], "belong to --compile"),
         (["--compile", "--chips", "sm_91"], "unknown chip 'sm_91'; there are sm_80"),
         (["--compile", "--page", "x.md", "--first"], "--page is about all kernels"),
+        (["--compile", "--page", "nowhere/x.md"], "there is no folder nowhere; make it first"),
         (["--tune", "--backend", "cpu"], "--tune is for GPUs, and the backend is cpu"),
         (["--tune", "--compile"], "not allowed with"),
     ],
