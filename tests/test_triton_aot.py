@@ -45,6 +45,7 @@ def test_every_workload_compiles_without_faults(workload, chip):
 
 @compiles
 @pytest.mark.aot
+@pytest.mark.timeout(3000)  # it compiles everything, where no cache has it yet
 def test_the_page_is_that_of_the_code(tmp_path):
     """`dsv3 bench ops --compile --page docs/kernels.md` writes it anew."""
     written = tmp_path / "kernels.md"
