@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..backends import Backend, activate
+from ..backends import Backend, activate, first_line
 from ..errors import UserError
 from ..ops import load
 from ..ops.formats import E4M3
@@ -119,8 +119,7 @@ def _seconds_or_why(call: Callable[[], Any], device: str) -> tuple[float | None,
     except torch.OutOfMemoryError:
         return None, "out of memory"
     except Exception as error:  # one kernel that fails must not end the table
-        text = str(error).strip().splitlines() or [""]
-        return None, f"failed: {type(error).__name__}: {text[0]}"
+        return None, f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 def _show(rows: list[Timing], backend: Backend) -> None:

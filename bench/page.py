@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import triton
+
 from ..backends import BUILT_IN
 from ..backends.triton.aot import Build
 from ..backends.triton.reference import REASONS
@@ -18,10 +20,16 @@ HEAD = """# Kernels
 Written by `dsv3 bench ops --compile --page docs/kernels.md`; a test holds the page to the code.
 
 An op without a kernel runs its specification, plain PyTorch, on the backend's device. What was checked, per kernel:
-`hardware`, it ran where it belongs and agreed with its specification in float64; `interpreter`, the same in Triton's
-interpreter on a CPU; `compiled`, compiled ahead of time for every chip below, without spilled registers and within the
-chip's shared memory; `emulated`, run against a stand-in of the vendor's library that holds it to the documented call;
-`nothing`, registered only. No kernel of cuda, rocm or ascend has run on its hardware yet.
+
+- `hardware`: it ran where it belongs and agreed with its specification in float64.
+- `interpreter`: the same in Triton's interpreter on a CPU, with the tiles and the FP8 of sm_80, sm_90, gfx942, gfx950.
+- `compiled`: compiled ahead of time for every chip below, without spilled registers, within the chip's shared memory.
+- `emulated`: the same comparison, with something in the place of what is not here: stand-ins that hold an adapter to
+  the vendor's documented call; the CPU's products behind the same call of torch (`blas`, `torch`); fibers of the CPU
+  for CUDA C++ (`cupy`, which nvcc also compiles for sm_80 and sm_90).
+- `nothing`: registered only.
+
+No kernel of cuda, rocm or ascend has run on its hardware yet.
 
 """
 
@@ -29,7 +37,7 @@ chip's shared memory; `emulated`, run against a stand-in of the vendor's library
 def write(rows: list[Row], path: str) -> None:
     sections = [HEAD, "## Kernels of each op\n\n", *_status(), "\n## What runs as its specification, and why\n\n"]
     sections += [f"- `{name}`: {reason}\n" for name, reason in sorted(REASONS.items())]
-    sections += ["\n## As compiled\n\n", compiled_table(_one_per_kernel(rows)), "\n"]
+    sections += [f"\n## As compiled, by Triton {triton.__version__}\n\n", compiled_table(_one_per_kernel(rows)), "\n"]
     with atomic_write(path, "w") as file:
         file.write("".join(sections))
 

@@ -5,7 +5,7 @@ runs it and keeps what it did; a replay does the same to new values. Numbers tha
 (lengths, splits) are frozen by the capture, as they are in a CUDA graph: they belong into tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,13 @@ class Captured(Protocol):
         """The step's result for other values of the captured inputs' shapes and dtypes."""
 
 
+def require_same_shapes(captured: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these are of the captured ones' shapes and dtypes."""
+    known, come = ([(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in (captured, given))
+    if come != known:
+        raise ValueError(f"captured for {known}, replayed with {come}: capture once per shape")
+
+
 class Program:
     """The recorded list of operator calls, run without the modules' Python around it. Works on every device."""
 
@@ -29,12 +36,10 @@ class Program:
         with torch.no_grad():
             step(*inputs)  # what a step makes once and keeps (tables, absorbed weights) is no part of the program
             self.module = make_fx(lambda *tensors: step(*tensors))(*inputs)  # make_fx miscounts a method's arguments
-        self.shapes = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        self.shapes = [tensor.to("meta") for tensor in inputs]
 
     def replay(self, *inputs: Tensor) -> Any:
-        given = [(tensor.shape, tensor.dtype) for tensor in inputs]
-        if given != self.shapes:
-            raise ValueError(f"captured for {self.shapes}, replayed with {given}: capture once per shape")
+        require_same_shapes(self.shapes, inputs)
         with torch.no_grad():
             return self.module(*inputs)
 

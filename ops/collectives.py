@@ -37,7 +37,8 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.is_floating_point() and x.element_size() == 1 else x
 
 
-def _exchange(x: Tensor, out_splits: list[int], in_splits: list[int], group: str) -> Tensor:
+def exchange(x: Tensor, out_splits: list[int], in_splits: list[int], group: str) -> Tensor:
+    """`all_to_all` as its transport does it, FP8 included; for what other ops are made of."""
     sent = _functional.all_to_all_single(_bytes(x).contiguous(), out_splits, in_splits, group)
     received: Tensor = _functional.wait_tensor(sent).view(x.dtype)
     return received
@@ -101,7 +102,7 @@ def all_to_all(x: Tensor, out_splits: list[int], in_splits: list[int], group: st
 
     x [sum(in_splits), ...] -> [sum(out_splits), ...], in the order of the senders' ranks.
     """
-    return _exchange(x, out_splits, in_splits, group)
+    return exchange(x, out_splits, in_splits, group)
 
 
 def _all_to_all_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,7 +118,8 @@ def _all_to_all_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # ---------------------------------------------------------------------------------------------------- experts, training
 
 
-def _local_experts(num_experts: int, group: str) -> int:
+def local_experts(num_experts: int, group: str) -> int:
+    """Experts of each rank; an error where they do not divide."""
     size = group_size(group)
     torch._check(num_experts % size == 0, lambda: f"{num_experts} experts do not divide over {size} ranks")
     return num_experts // size
@@ -126,16 +128,16 @@ def _local_experts(num_experts: int, group: str) -> int:
 def _counts_fake(idx: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor]:
     size = group_size(group)
     sent = idx.new_empty(num_experts, dtype=torch.int32)
-    return sent, idx.new_empty(size, _local_experts(num_experts, group), dtype=torch.int32)
+    return sent, idx.new_empty(size, local_experts(num_experts, group), dtype=torch.int32)
 
 
 @op(tolerance=0.0, cost=lambda idx, num_experts, group: (idx.numel(), idx.nbytes), fake=_counts_fake)
 def ep_counts(idx: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor]:
     """idx i32 [T, k], global experts -> sent i32 [E]: rows that this rank has for each expert; received i32 [W, e]:
     rows that each rank has for each expert of this one."""
-    size, local = group_size(group), _local_experts(num_experts, group)
+    size, local = group_size(group), local_experts(num_experts, group)
     sent = expert_count.spec(idx, num_experts)
-    return sent, _exchange(sent, [local] * size, [local] * size, group).view(size, local)
+    return sent, exchange(sent, [local] * size, [local] * size, group).view(size, local)
 
 
 def ep_splits(idx: Tensor, num_experts: int, group: str) -> tuple[list[int], list[int]]:
@@ -166,13 +168,13 @@ def ep_dispatch(
        row; handle for `ep_combine` (here: the place i32 [T, k] of each row among those sent).
     Sorting the rows by expert (`permute`, k = 1) restores the token order of a single process.
     """
-    local = _local_experts(num_experts, group)
+    local = local_experts(num_experts, group)
     flat = idx.reshape(-1)
     order = flat.long().argsort(stable=True)
     rows = _bytes(x).index_select(0, order // idx.shape[1]).view(x.dtype)
-    expert = _exchange(flat.int()[order] % local, out_splits, in_splits, group)
+    expert = exchange(flat.int()[order] % local, out_splits, in_splits, group)
     place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=idx.device))
-    return _exchange(rows, out_splits, in_splits, group), expert, [place.view(idx.shape).int()]
+    return exchange(rows, out_splits, in_splits, group), expert, [place.view(idx.shape).int()]
 
 
 def _combine_fake(y: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str) -> Tensor:
@@ -187,7 +189,7 @@ def _combine_cost(y: Tensor, *rest: Any) -> tuple[int, int]:
 def ep_combine(y: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str) -> Tensor:
     """Send the experts' answers back: y [S, D], rows as dispatched, with the dispatch's handle and splits
     -> [T * k, D]: row t * k + j answers choice j of token t."""
-    returned = _exchange(y, in_splits, out_splits, group)
+    returned = exchange(y, in_splits, out_splits, group)
     return _bytes(returned).index_select(0, handle[0].reshape(-1).long()).view(y.dtype)
 
 
@@ -200,7 +202,7 @@ def ep_dispatch_backward(
     grad: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
     """grad [S, D] of the received rows -> gradient of x [T, D]: a combine, summed over choices as `unpermute` does."""
-    return unpermute.spec(_exchange(grad, in_splits, out_splits, group), handle[0], None)
+    return unpermute.spec(exchange(grad, in_splits, out_splits, group), handle[0], None)
 
 
 def _combine_backward_fake(
@@ -215,7 +217,7 @@ def ep_combine_backward(
 ) -> Tensor:
     """grad [T * k, D] -> gradient of y [S, D]: a dispatch of one row per choice."""
     rows = torch.empty_like(grad).index_copy(0, handle[0].reshape(-1).long(), grad)
-    return _exchange(rows, out_splits, in_splits, group)
+    return exchange(rows, out_splits, in_splits, group)
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
@@ -245,7 +247,7 @@ def _combine_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _dispatch_masked_fake(
     x: Tensor, idx: Tensor, num_experts: int, capacity: int, group: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    size, local = group_size(group), _local_experts(num_experts, group)
+    size, local = group_size(group), local_experts(num_experts, group)
     received = x.new_empty(local, size * capacity, x.shape[1])
     slots = idx.new_empty(num_experts * capacity, dtype=torch.int32)
     return received, idx.new_empty(local, dtype=torch.int32), [torch.empty_like(idx), slots]
@@ -264,7 +266,7 @@ def ep_dispatch_masked(
     """
     T, k = idx.shape
     torch._check(capacity >= T, lambda: "more tokens than the dispatch's capacity: raise it to the largest batch")
-    size, local = group_size(group), _local_experts(num_experts, group)
+    size, local = group_size(group), local_experts(num_experts, group)
     flat = idx.reshape(-1).long()
     counts = expert_count.spec(idx, num_experts)
     order = flat.argsort(stable=True)
@@ -276,8 +278,8 @@ def ep_dispatch_masked(
     place = torch.empty_like(target).scatter(0, order, target)
 
     equal = [local * capacity] * size
-    received = _exchange(rows, equal, equal, group)  # by (sending rank, local expert, slot)
-    by_rank = _exchange(counts, [local] * size, [local] * size, group).view(size, local).long()
+    received = exchange(rows, equal, equal, group)  # by (sending rank, local expert, slot)
+    by_rank = exchange(counts, [local] * size, [local] * size, group).view(size, local).long()
     start = by_rank.cumsum(0) - by_rank + torch.arange(local, device=idx.device) * (size * capacity)
     slot = torch.arange(capacity, device=idx.device)
     valid = slot < by_rank[..., None]  # [W, e, capacity]
@@ -301,4 +303,4 @@ def ep_combine_masked(y: Tensor, handle: list[Tensor], group: str) -> Tensor:
     size, flat = group_size(group), y.flatten(0, 1)
     rows = flat.index_select(0, slots.long().clamp(max=flat.shape[0] - 1))
     equal = [rows.shape[0] // size] * size
-    return _exchange(rows, equal, equal, group).index_select(0, place.reshape(-1).long())
+    return exchange(rows, equal, equal, group).index_select(0, place.reshape(-1).long())

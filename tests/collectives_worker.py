@@ -1,21 +1,16 @@
 """What the two processes of test_collectives.py run. A module of its own: children import it by name."""
 
-import json
-import os
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import spawn
+from two_processes import WORLD, leave, run_checks
 
 import dsv3.backends.cpu  # noqa: F401  (its kernels are what runs)
 from dsv3.ops import collectives, moe
 
-WORLD = 2
 TOKENS, DIM, EXPERTS, K = 12, 8, 6, 3  # tokens per rank
 CHECKS: dict[str, Callable[[int, str], None]] = {}
 
@@ -239,29 +234,10 @@ def dry_run_of_2048_ranks() -> None:
 
 
 def run(rank: int, folder: str) -> None:
-    """Run the checks until one fails; leave the failure of this rank, by check, in folder/rank.json."""
-    torch.set_num_threads(1)
-    meeting, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)  # for a rank that failed alone
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=patience)
-    failures = {}
-    for name, function in CHECKS.items():
-        try:
-            function(rank, dist.group.WORLD.group_name)
-            dist.barrier()
-        except Exception:
-            failures[name] = traceback.format_exc()
-            break  # the other rank may wait in another collective: what follows would not be what it says
-    dist.destroy_process_group()
+    failures = run_checks(rank, folder, CHECKS)
     if rank == 0:
         try:
             dry_run_of_2048_ranks()
         except Exception:
             failures[dry_run_of_2048_ranks.__name__] = traceback.format_exc()
-    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
-
-
-def run_everywhere(folder: Path) -> list[dict[str, str]]:
-    """Start the processes, wait, and return each one's failures."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    spawn(run, (str(folder),), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    leave(failures, rank, folder)

@@ -1,22 +1,17 @@
 """What the two processes of test_expert_parallel.py run: the checks of collectives_worker.py on the Triton kernels,
 interpreted, and DeepEP's adapter on a stand-in. A module of its own: children import it by name."""
 
-import json
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 
 import collectives_worker
 import pytest
 import stand_ins
 import torch
-import torch.distributed as dist
-from collectives_worker import DIM, EXPERTS, TOKENS, WORLD, routed
+from collectives_worker import DIM, EXPERTS, TOKENS, routed
 from stand_ins import deep_ep as library
-from torch.multiprocessing import spawn
+from two_processes import leave, run_checks
 
 from dsv3.backends import discover
 from dsv3.backends.cuda import deep_ep
@@ -120,25 +115,6 @@ def deep_ep_gives_what_the_specifications_give(rank: int, group: str) -> None:
 
 
 def run(rank: int, folder: str) -> None:
-    """Run the checks until one fails; leave the failure of this rank, by check, in folder/rank.json."""
-    torch.set_num_threads(1)
-    meeting, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)  # for a rank that failed alone
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=patience)
     discover()["cuda"].load()
     set_backend("cuda")
-    failures = {}
-    for name, function in CHECKS.items():
-        try:
-            function(rank, dist.group.WORLD.group_name)
-            dist.barrier()
-        except Exception:
-            failures[name] = traceback.format_exc()
-            break  # the other rank may wait in another collective: what follows would not be what it says
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
-
-
-def run_everywhere(folder: Path) -> list[dict[str, str]]:
-    """Start the processes, wait, and return each one's failures."""
-    spawn(run, (str(folder),), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    leave(run_checks(rank, folder, CHECKS), rank, folder)

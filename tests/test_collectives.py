@@ -4,6 +4,7 @@ import collectives_worker
 import pytest
 import torch
 from arguments.collectives import world
+from two_processes import assert_passed, run_everywhere
 
 from dsv3.ops import collectives
 
@@ -13,16 +14,12 @@ EVERYTHING = [*collectives_worker.CHECKS, collectives_worker.dry_run_of_2048_ran
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> list[dict[str, str]]:
     """One start of the processes serves every check."""
-    return collectives_worker.run_everywhere(tmp_path_factory.mktemp("collectives"))
+    return run_everywhere(collectives_worker.run, tmp_path_factory.mktemp("collectives"))
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_two_processes(failures, name):
-    for rank, failed in enumerate(failures):
-        assert name not in failed, f"on rank {rank}:\n{failed[name]}"
-        for other in failed:
-            if other in EVERYTHING and EVERYTHING.index(other) < EVERYTHING.index(name):
-                pytest.skip(f"not run, because {other} failed on rank {rank}")
+    assert_passed(failures, name, EVERYTHING)
 
 
 def test_a_process_alone_exchanges_with_itself():

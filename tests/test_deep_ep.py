@@ -77,7 +77,7 @@ def hopper(monkeypatch, capability=(9, 0)) -> None:
 
 def test_it_is_available_on_hopper_with_its_own_functions(monkeypatch):
     hopper(monkeypatch)
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs triton")
     for op in (ep_dispatch_masked, ep_combine_masked):
         kernel = adapter(op, "deep_ep")
         assert kernel.available() and kernel.checked == "emulated" and kernel is op.kernels["cuda"][0]

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from .. import first_line
 from .runtime import Launch
 from .target import Target
 
@@ -96,7 +97,7 @@ def build(launch: Launch, target: Target) -> Build:
     try:
         compiled = triton.compile(source_of(launch), target=gpu_target(target), options=launch.options)
     except Exception as error:  # whatever the compiler's passes raise
-        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        text = f"{type(error).__name__}: {first_line(error)}"
         return Build(name, target.name, launch.options, error=text, faults=[text])
     read = _read_nvidia if target.backend == "cuda" else _read_amd
     found = {"shared": compiled.metadata.shared, **read(compiled.asm, target)}

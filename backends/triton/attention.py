@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.mla import mla_attention
+from .operands import by_rows, is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 
@@ -186,13 +187,7 @@ def attends(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_seqlens: Te
     """
     n, r, dv = k_nope.shape[2], k_rope.shape[1], v.shape[2]
     same = q.dtype == k_nope.dtype == k_rope.dtype == v.dtype
-    real = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return same and real and n <= 128 and r <= 64 and dv <= 128 and len(cu_seqlens) > 1 and scale > 0
-
-
-def by_rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous; k_nope and v, halves of one tensor, are taken as they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return same and is_real(q) and n <= 128 and r <= 64 and dv <= 128 and len(cu_seqlens) > 1 and scale > 0
 
 
 def head_sizes(k_nope: Tensor, k_rope: Tensor, v: Tensor) -> dict[str, int]:

@@ -22,7 +22,6 @@ from ...ops.mla import mla_attention_backward
 from .attention import (
     LOG2_E,
     attends,
-    by_rows,
     find_tile,
     head_sizes,
     load_rows,
@@ -33,6 +32,7 @@ from .attention import (
     visible_to,
     with_descriptors,
 )
+from .operands import by_rows
 from .runtime import device_function, gpu_kernel, kernel, launch
 from .tables import tile
 

@@ -21,8 +21,8 @@ from ...ops.gemm import (
     grouped_gemm_wgrad,
 )
 from ...ops.op import Op
-from .fp8_gemm import REAL
 from .grid import zero_rows
+from .operands import is_real
 from .products import has_aligned_rows
 from .runtime import BACKENDS, can_launch, kernel, launch
 from .tables import tile
@@ -38,7 +38,7 @@ FEW_ROWS = 64  # of an expert: up to here reading the weights is all, and `produ
 
 
 def _is_plain(a: Tensor, b: Tensor, layout: str = "plain") -> bool:
-    return a.dtype == b.dtype and a.dtype in REAL and layout == "plain"
+    return a.dtype == b.dtype and is_real(a) and layout == "plain"
 
 
 def blas(op: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ops.mla_cache import mla_decode
 from .latent_cache import read_latents, readable, row_format
+from .operands import is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 from .target import current_target
@@ -157,7 +158,7 @@ def _decodes(
     q: Tensor, cache: list[Tensor], table: Tensor, lens: Tensor, lens_cpu: Tensor, plan: list[Tensor], scale: float,
     kv_lora_rank: int,
 ) -> bool:  # fmt: skip
-    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and readable(cache[0], kv_lora_rank)
+    return is_real(q) and readable(cache[0], kv_lora_rank)
 
 
 def _table_of(q: torch.dtype, cache: torch.dtype) -> str:

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.general import rope, rope_backward, swiglu, swiglu_backward
-from .norms import as_rows, is_real
+from .operands import as_rows, by_rows, is_real
 from .runtime import gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 
@@ -83,7 +83,7 @@ def swiglu_backward_kernel(
 
 
 def _turn(x: Tensor, positions: Tensor, table: Tensor, sign: float) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = by_rows(x)
     r, H = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
     N, out = x.shape[0] * H, x.new_empty(x.shape)
     shape = tile("rope", N=N, r=r)

@@ -12,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.collectives import (
-    _exchange,
-    _local_experts,
     ep_combine,
     ep_combine_backward,
     ep_combine_masked,
@@ -21,10 +19,12 @@ from ...ops.collectives import (
     ep_dispatch,
     ep_dispatch_backward,
     ep_dispatch_masked,
+    exchange,
     group_size,
+    local_experts,
 )
-from .norms import as_rows, is_real
-from .permutation import BITS, MOST_EXPERTS, _place, spread, unpermute_backward_triton, unpermute_triton
+from .operands import as_rows, is_real
+from .permutation import BITS, place_pairs, places, spread, unpermute_backward_triton, unpermute_triton
 from .routing import expert_count_triton
 from .runtime import device_function, gpu_kernel, kernel, launch
 from .runtime import power_of_two as padded
@@ -206,49 +206,41 @@ def _rows(x: Tensor) -> Tensor:
     return as_rows(x).view(BITS[x.element_size()])
 
 
-def gathered(x: Tensor, index: Tensor) -> Tensor:
-    """x [R, D], index i32 of N entries -> [N, D] of x's rows; undefined where the index is not below R."""
+def _gather(x: Tensor, index: Tensor, out: Tensor, bound: int, gap: int, scatter: bool) -> Tensor:
     rows, N, D = _rows(x), index.numel(), x.shape[-1]
-    out = x.new_empty(N, D)
     shape = tile("ep_gather", D=D)
     slices = -(-D // shape["BLOCK"])
     launch(
         gather_kernel, (-(-N // shape["ROWS"]) * slices,), rows, index.contiguous(), out.view(rows.dtype), N,
-        rows.shape[0], D, rows.stride(0), 1, 0, slices, SCATTER=False, **shape,
+        rows.shape[0], D, rows.stride(0), bound, gap, slices, SCATTER=scatter, **shape,
     )  # fmt: skip
     return out
+
+
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """x [R, D], index i32 of N entries -> [N, D] of x's rows; undefined where the index is not below R."""
+    return _gather(x, index, x.new_empty(index.numel(), x.shape[-1]), 1, 0, False)
 
 
 def spaced(y: Tensor, slots: Tensor, rows: int) -> Tensor:
     """y [e, C, D] -> [e, rows, D], rows >= C: the rows of y that slots i32 names, at their places; others undefined."""
-    bits, (e, bound, D), N = _rows(y), y.shape, slots.numel()
-    out = y.new_empty(e, rows, D)
-    shape = tile("ep_gather", D=D)
-    slices = -(-D // shape["BLOCK"])
-    launch(
-        gather_kernel, (-(-N // shape["ROWS"]) * slices,), bits, slots.contiguous(), out.view(bits.dtype), N,
-        e * bound, D, bits.stride(0), bound, rows - bound, slices, SCATTER=True, **shape,
-    )  # fmt: skip
-    return out
+    e, bound, D = y.shape
+    return _gather(y, slots, y.new_empty(e, rows, D), bound, rows - bound, True)
 
 
-def _knows(idx: Tensor, num_experts: int) -> bool:
-    return idx.dtype == torch.int32 and num_experts <= MOST_EXPERTS
-
-
-@gpu_kernel(ep_counts, lambda idx, num_experts, group: _knows(idx, num_experts))
+@gpu_kernel(ep_counts, lambda idx, num_experts, group: places(idx, num_experts))
 def ep_counts_triton(idx: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor]:
-    size, local = group_size(group), _local_experts(num_experts, group)
+    size, local = group_size(group), local_experts(num_experts, group)
     sent = expert_count_triton(idx, num_experts)
-    return sent, _exchange(sent, [local] * size, [local] * size, group).view(size, local)
+    return sent, exchange(sent, [local] * size, [local] * size, group).view(size, local)
 
 
-@gpu_kernel(ep_dispatch, lambda x, idx, num_experts, *rest: x.element_size() in BITS and _knows(idx, num_experts))
+@gpu_kernel(ep_dispatch, lambda x, idx, num_experts, *rest: x.element_size() in BITS and places(idx, num_experts))
 def ep_dispatch_triton(
     x: Tensor, idx: Tensor, num_experts: int, in_splits: list[int], out_splits: list[int], group: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    local, (T, D), tokens, pairs = _local_experts(num_experts, group), x.shape, _rows(x), idx.numel()
-    place, _, _ = _place(idx, num_experts, 1)
+    local, (T, D), tokens, pairs = local_experts(num_experts, group), x.shape, _rows(x), idx.numel()
+    place, _, _ = place_pairs(idx, num_experts, 1)
     rows, experts = x.new_empty(pairs, D), idx.new_empty(pairs)
     shape = tile("ep_pack", D=D)
     slices = -(-D // shape["BLOCK"])
@@ -256,15 +248,15 @@ def ep_dispatch_triton(
         pack_kernel, (-(-T // shape["TOKENS"]) * slices,), tokens, idx.contiguous(), place, rows.view(tokens.dtype),
         experts, T, D, tokens.stride(0), local, slices, K=idx.shape[1], **shape,
     )  # fmt: skip
-    expert = _exchange(experts, out_splits, in_splits, group)
-    return _exchange(rows, out_splits, in_splits, group), expert, [place]
+    expert = exchange(experts, out_splits, in_splits, group)
+    return exchange(rows, out_splits, in_splits, group), expert, [place]
 
 
 @gpu_kernel(ep_combine, lambda y, handle, *rest: y.element_size() in BITS and handle[0].dtype == torch.int32)
 def ep_combine_triton(
     y: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
-    return gathered(_exchange(y, in_splits, out_splits, group), handle[0])
+    return gathered(exchange(y, in_splits, out_splits, group), handle[0])
 
 
 def _sums(grad: Tensor, handle: list[Tensor], *rest: object) -> bool:
@@ -275,7 +267,7 @@ def _sums(grad: Tensor, handle: list[Tensor], *rest: object) -> bool:
 def ep_dispatch_backward_triton(
     grad: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
-    return unpermute_triton(_exchange(grad, in_splits, out_splits, group), handle[0], None)
+    return unpermute_triton(exchange(grad, in_splits, out_splits, group), handle[0], None)
 
 
 @gpu_kernel(ep_combine_backward, _sums)
@@ -283,7 +275,7 @@ def ep_combine_backward_triton(
     grad: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
     rows = unpermute_backward_triton(grad, handle[0].reshape(-1, 1), None, grad.shape[0])
-    return _exchange(rows, out_splits, in_splits, group)
+    return exchange(rows, out_splits, in_splits, group)
 
 
 def pack_blocks(
@@ -296,7 +288,7 @@ def pack_blocks(
     place, sent = torch.empty_like(idx), idx.new_empty(size, block, dtype=torch.uint8)
     row_map = offsets = None
     if idx.numel() > FEW_PAIRS:
-        row_map, offsets, _ = _place(idx, num_experts, 1)
+        row_map, offsets, _ = place_pairs(idx, num_experts, 1)
     tokens, bits = (None, torch.uint8) if x is None else (_rows(x), BITS[x.element_size()])
     shape = tile("ep_pack_blocks", D=D)
     slices = 1 if x is None else -(-D // shape["BLOCK"])
@@ -311,7 +303,7 @@ def pack_blocks(
 
 
 def _dispatches(x: Tensor, idx: Tensor, num_experts: int, capacity: int, group: str) -> bool:
-    return x.element_size() in BITS and _knows(idx, num_experts) and x.shape[1] > 0
+    return x.element_size() in BITS and places(idx, num_experts) and x.shape[1] > 0
 
 
 @gpu_kernel(ep_dispatch_masked, _dispatches)
@@ -321,10 +313,10 @@ def ep_dispatch_masked_triton(
     torch._check(
         capacity >= idx.shape[0], lambda: "more tokens than the dispatch's capacity: raise it to the largest batch"
     )
-    size, local, D = group_size(group), _local_experts(num_experts, group), x.shape[1]
+    size, local, D = group_size(group), local_experts(num_experts, group), x.shape[1]
     place, sent, head = pack_blocks(x, idx, num_experts, capacity, size, D)
     block = sent.shape[1]
-    came = _exchange(sent.view(-1), [block] * size, [block] * size, group)
+    came = exchange(sent.view(-1), [block] * size, [block] * size, group)
     bits = BITS[x.element_size()]
     out = x.new_empty(local, size * capacity, D)
     counts, slots = idx.new_empty(local), idx.new_empty(num_experts * capacity)
@@ -365,4 +357,4 @@ def ep_combine_masked_triton(y: Tensor, handle: list[Tensor], group: str) -> Ten
     place, slots = handle[:2]
     rows = gathered(y.flatten(0, 1), slots)
     equal = [rows.shape[0] // group_size(group)] * group_size(group)
-    return gathered(_exchange(rows, equal, equal, group), place)
+    return gathered(exchange(rows, equal, equal, group), place)

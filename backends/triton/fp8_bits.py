@@ -7,11 +7,17 @@ from .runtime import device_function
 
 
 @device_function
-def decode_e4m3(byte):
-    """uint8 -> float32, exact: shifted into the exponent and mantissa of a float16 it is its value / 256."""
+def half_of_e4m3(byte):
+    """uint8 -> float16, exact: shifted into the exponent and mantissa of a float16 it is its value / 256. NaN becomes
+    480: for products of quantised values, where a NaN has its scale NaN."""
     wide = byte.to(tl.int16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+
+
+@device_function
+def decode_e4m3(byte):
+    """uint8 -> float32, exact, NaN too."""
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), half_of_e4m3(byte).to(tl.float32))
 
 
 @device_function
@@ -37,9 +43,12 @@ def read_fp8(pointer, mask, DECODE: tl.constexpr):
 
 
 @device_function
+def as_fp8(x, pointer, DECODE: tl.constexpr):
+    """float32 within the format's range -> what `pointer` points to: FP8 or, DECODE, the bytes of e4m3fn."""
+    return encode_e4m3(x) if DECODE else x.to(pointer.dtype.element_ty)
+
+
+@device_function
 def write_fp8(pointer, x, mask, DECODE: tl.constexpr):
-    """Store float32 values within the format's range as FP8; DECODE: the pointer is to the bytes of e4m3fn."""
-    if DECODE:
-        tl.store(pointer, encode_e4m3(x), mask=mask)
-    else:
-        tl.store(pointer, x.to(pointer.dtype.element_ty), mask=mask)
+    """Store float32 values within the format's range; see `as_fp8`."""
+    tl.store(pointer, as_fp8(x, pointer, DECODE), mask=mask)

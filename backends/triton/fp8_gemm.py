@@ -13,12 +13,11 @@ from torch import Tensor
 from ...ops.formats import E4M3, E4M3_FNUZ, fn_to_fnuz
 from ...ops.fp8 import fp8_gemm, fp8_gemm_wgrad
 from ...ops.weight import Weight
+from .operands import REAL
 from .products import multiply, with_aligned_rows
 from .quantize import knows
 from .runtime import gpu_kernel
 from .target import current_target
-
-REAL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_native_format(weight: Weight) -> Weight:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ...ops.capture import CAPTURERS, Function
+from ...ops.capture import CAPTURERS, Function, require_same_shapes
 
 WARM_UPS = 2  # Triton compiles, BLAS allocates its workspace, tables are made: nothing of that may be captured
 
@@ -31,9 +31,7 @@ class Graph:
                 self.result = step(*self.inputs)
 
     def replay(self, *inputs: Tensor) -> Any:
-        given, known = ([(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in (inputs, self.inputs))
-        if given != known:
-            raise ValueError(f"captured for {known}, replayed with {given}: capture once per shape")
+        require_same_shapes(self.inputs, inputs)
         for captured, tensor in zip(self.inputs, inputs, strict=True):
             captured.copy_(tensor)
         self.graph.replay()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...ops.gemm import grouped_gemm, grouped_gemm_dgrad, masked_gemm
 from ...ops.grouped_fp8 import grouped_fp8_gemm, masked_fp8_gemm
-from .fp8_gemm import REAL, in_native_format, multiplies
+from .fp8_gemm import in_native_format, multiplies
+from .operands import is_real
 from .products import multiply
 from .runtime import gpu_kernel
 
@@ -19,7 +20,7 @@ def _multiplies(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, bounds: Tensor, ou
 
 def real(a: Tensor, b: Tensor, bounds: Tensor, layout: str = "plain") -> bool:
     """Of one real dtype that a GPU multiplies?"""
-    return a.dtype == b.dtype and a.dtype in REAL and bounds.dtype == torch.int32 and layout == "plain"
+    return a.dtype == b.dtype and is_real(a) and bounds.dtype == torch.int32 and layout == "plain"
 
 
 @gpu_kernel(grouped_fp8_gemm, _multiplies, pack=in_native_format)

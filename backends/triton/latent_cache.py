@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ops.formats import BLOCK, E4M3, FP8_MAX, num_blocks
 from ...ops.mla_cache import fp8_latent_bytes, fp8_latent_rank, mla_cache_gather, mla_cache_write
 from .fp8_bits import read_fp8, write_fp8
+from .operands import by_rows, is_real
 from .quantize import storage
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
@@ -130,7 +131,7 @@ def readable(pages: Tensor, kv_lora_rank: int) -> bool:
     if pages.dtype == torch.uint8:
         aligned = kv_lora_rank % 4 == 0 and pages.shape[2] % 4 == 0 and pages.storage_offset() % 4 == 0
         return aligned and (kv_lora_rank <= BLOCK or kv_lora_rank % BLOCK == 0)
-    return pages.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return is_real(pages)
 
 
 def row_format(pages: Tensor, kv_lora_rank: int, least: int = 1) -> tuple[Tensor, dict[str, int | bool]]:
@@ -158,14 +159,13 @@ def _rank(pages: Tensor, latent: Tensor) -> int:
 
 
 def _writes(cache: list[Tensor], slots: Tensor, latent: Tensor) -> bool:
-    real = latent.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return real and latent.shape[1] > 1 and readable(cache[0], _rank(cache[0], latent))
+    return is_real(latent) and latent.shape[1] > 1 and readable(cache[0], _rank(cache[0], latent))
 
 
 @gpu_kernel(mla_cache_write, _writes)
 def mla_cache_write_triton(cache: list[Tensor], slots: Tensor, latent: Tensor) -> None:
     T = latent.shape[0]
-    latent = latent if latent.stride(1) == 1 else latent.contiguous()
+    latent = by_rows(latent)
     pages, rows = row_format(cache[0], _rank(cache[0], latent))
     shape = tile("mla_cache_write", T=T)
     launch(

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.loss import IGNORE, linear_cross_entropy, linear_cross_entropy_backward
+from .operands import REAL
 from .runtime import gpu_kernel, kernel, launch
 from .tables import tile
 
@@ -126,7 +127,7 @@ def _alike(h: Tensor, w: Tensor, *dtypes: torch.dtype) -> bool:
 
 @gpu_kernel(
     linear_cross_entropy,
-    lambda h, w, target, temperature: _alike(h, w, torch.float32, torch.bfloat16, torch.float16),
+    lambda h, w, target, temperature: _alike(h, w, *REAL),
 )
 def linear_cross_entropy_triton(
     h: Tensor, w: Tensor, target: Tensor, temperature: float

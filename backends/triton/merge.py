@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.mla import merge_lse, merge_lse_backward
+from .operands import is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 
@@ -79,8 +80,7 @@ def merge_lse_backward_kernel(
 
 
 def _merges(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> bool:
-    real = all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in (out_a, out_b))
-    return real and lse_a.dtype == lse_b.dtype == torch.float32
+    return is_real(out_a, out_b) and lse_a.dtype == lse_b.dtype == torch.float32
 
 
 def _launch(name: str, kernel: Any, *tensors: Tensor) -> None:

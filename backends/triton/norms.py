@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...ops.general import add_rms_norm, add_rms_norm_backward, rms_norm, rms_norm_backward
 from ...ops.mtp import mtp_input, mtp_input_backward
+from .operands import as_rows, is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 from .target import current_target
@@ -98,16 +99,6 @@ def sum_rows_kernel(partial, out, N, D, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 # Launchers -----------------------------------------------------------------------------------------------------------
-
-
-def is_real(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] as [N, D] with adjacent columns; a view where strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _fits(x: Tensor, *others: Tensor | None) -> bool:

@@ -18,8 +18,8 @@ from ...ops.moe import (
     unpermute_backward,
     unpermute_backward_w,
 )
-from .fp8_bits import encode_e4m3
-from .norms import as_rows, is_real
+from .fp8_bits import as_fp8
+from .operands import as_rows, is_real
 from .quantize import SIDE, knows, quantized, scales_like, storage
 from .runtime import device_function, gpu_kernel, kernel, launch
 from .runtime import power_of_two as padded
@@ -144,12 +144,6 @@ def spread_kernel(
 
 
 @device_function
-def as_fp8(x, pointer, DECODE: tl.constexpr):
-    """float32 within the format's range -> what `pointer` points to: FP8, or the bytes of e4m3fn."""
-    return encode_e4m3(x) if DECODE else x.to(pointer.dtype.element_ty)
-
-
-@device_function
 def spread_quantized(
     x, row_map, q, s, D, x_row, s_column, token, slice,
     K: tl.constexpr, TILES: tl.constexpr, FP8_LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, DECODE: tl.constexpr,
@@ -247,7 +241,7 @@ def unpermute_w_kernel(
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # rows are copied as bits, whatever they mean
 
 
-def _place(idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
+def place_pairs(idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> row_map i32 [T, k], offsets i32 [E + 1], filled i32 [E]."""
     idx, EP = idx.contiguous(), padded(num_experts)
     row_map, offsets, filled = torch.empty_like(idx), idx.new_empty(num_experts + 1), idx.new_empty(num_experts)
@@ -264,14 +258,15 @@ def _place(idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, T
     return row_map, offsets, filled
 
 
-def _places(idx: Tensor, num_experts: int) -> bool:
+def places(idx: Tensor, num_experts: int) -> bool:
+    """Does `place_pairs` take these?"""
     return idx.dtype == torch.int32 and num_experts <= MOST_EXPERTS
 
 
-@gpu_kernel(permute, lambda x, idx, num_experts, align: x.element_size() in BITS and _places(idx, num_experts))
+@gpu_kernel(permute, lambda x, idx, num_experts, align: x.element_size() in BITS and places(idx, num_experts))
 def permute_triton(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), tokens = x.shape, as_rows(x)
-    row_map, offsets, filled = _place(idx, num_experts, align)
+    row_map, offsets, filled = place_pairs(idx, num_experts, align)
     rows = permuted_rows(idx.numel(), num_experts, align)
     out, bits = x.new_empty(rows, D), BITS[x.element_size()]
     shape = tile("spread", D=D)
@@ -289,7 +284,7 @@ def permute_triton(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tupl
 def _quantizes(
     x: Tensor, idx: Tensor, num_experts: int, align: int, dtype: torch.dtype = E4M3, power_of_two: bool = False
 ) -> bool:
-    return is_real(x) and knows(dtype) and _places(idx, num_experts)
+    return is_real(x) and knows(dtype) and places(idx, num_experts)
 
 
 @gpu_kernel(permute_quantize, _quantizes)
@@ -297,7 +292,7 @@ def permute_quantize_triton(
     x: Tensor, idx: Tensor, num_experts: int, align: int, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, D), tokens = x.shape, as_rows(x)
-    row_map, offsets, filled = _place(idx, num_experts, align)
+    row_map, offsets, filled = place_pairs(idx, num_experts, align)
     rows = permuted_rows(idx.numel(), num_experts, align)
     q, s = x.new_empty(rows, D, dtype=dtype), scales_like(x, rows, num_blocks(D))
     shape = tile("spread_quantize", D=D)

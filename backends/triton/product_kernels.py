@@ -15,15 +15,9 @@ numbers.
 
 import triton.language as tl
 
+from .fp8_bits import half_of_e4m3
 from .grid import on_one_chiplet, tile_at, tile_of_segments, zero_rows
 from .runtime import device_function, kernel
-
-
-@device_function
-def half_of_e4m3(byte):
-    """uint8, the bits of an E4M3 number -> float16, exact. NaN becomes 480: where there is one, its scale is NaN."""
-    wide = byte.to(tl.int16)
-    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
 
 
 @kernel

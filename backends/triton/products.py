@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from ...ops.formats import BLOCK
 from .grid import splits_of
+from .operands import by_rows
 from .product_kernels import (
     persistent_product_kernel,
     product_kernel,
@@ -84,7 +85,7 @@ def multiply(
     """
     R, (experts, N, _) = a.shape[0], b.shape
     rows = capacity or (R if bounds is None else cdiv(R, experts))  # of an expert, roughly
-    a = a if a.stride(1) == 1 else a.contiguous()
+    a = by_rows(a)
     if scales is not None and rows >= MANY_ROWS and not capacity:
         if a.dtype != current_target().fp8:
             kernel, a, b = f"{kernel}_widened", widened(a), widened(b)

@@ -20,6 +20,7 @@ from ...ops.fp8 import (
     swiglu_quantize,
 )
 from .fp8_bits import read_fp8, write_fp8
+from .operands import by_rows, is_real
 from .runtime import device_function, gpu_kernel, kernel, launch
 from .tables import tile
 from .target import current_target
@@ -140,10 +141,6 @@ def storage(values: Tensor) -> tuple[Tensor, bool]:
     return values.view(torch.uint8), True
 
 
-def _real(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
 def scales_like(x: Tensor, rows: int, columns: int) -> Tensor:
     """Uninitialised M-major scales f32 [rows, columns]: see `ops.fp8.m_major`."""
     return x.new_empty(columns, round_up(rows, SCALE_ROWS), dtype=torch.float32).T[:rows]
@@ -155,7 +152,7 @@ def _format(dtype: torch.dtype, power_of_two: bool) -> dict[str, Any]:
 
 def _tiles(x: Tensor, weight: Tensor | None, K: int, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
     T = x.shape[0]
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = by_rows(x)
     q, s = x.new_empty(T, K, dtype=dtype), scales_like(x, T, num_blocks(K))
     shape = tile("quantize_tiles", T=T)
     launch(
@@ -165,12 +162,12 @@ def _tiles(x: Tensor, weight: Tensor | None, K: int, dtype: torch.dtype, power_o
     return q, s
 
 
-@gpu_kernel(quantize_tiles, lambda x, dtype=E4M3, power_of_two=False: _real(x) and knows(dtype))
+@gpu_kernel(quantize_tiles, lambda x, dtype=E4M3, power_of_two=False: is_real(x) and knows(dtype))
 def quantize_tiles_triton(x: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     return _tiles(x, None, x.shape[1], dtype, power_of_two)
 
 
-@gpu_kernel(swiglu_quantize, lambda x, weight=None, dtype=E4M3, power_of_two=False: _real(x) and knows(dtype))
+@gpu_kernel(swiglu_quantize, lambda x, weight=None, dtype=E4M3, power_of_two=False: is_real(x) and knows(dtype))
 def swiglu_quantize_triton(
     gate_up: Tensor, weight: Tensor | None = None, dtype: torch.dtype = E4M3, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -178,12 +175,12 @@ def swiglu_quantize_triton(
     return _tiles(gate_up, weight, gate_up.shape[1] // 2, dtype, power_of_two)
 
 
-@gpu_kernel(quantize_tiles_both, lambda x, dtype=E4M3, power_of_two=False: _real(x) and knows(dtype))
+@gpu_kernel(quantize_tiles_both, lambda x, dtype=E4M3, power_of_two=False: is_real(x) and knows(dtype))
 def quantize_tiles_both_triton(
     x: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, K = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = by_rows(x)
     q, s = x.new_empty(T, K, dtype=dtype), scales_like(x, T, num_blocks(K))
     qt, st = x.new_empty(K, T, dtype=dtype), scales_like(x, K, num_blocks(T))
     launch(
@@ -193,7 +190,7 @@ def quantize_tiles_both_triton(
     return q, s, qt, st
 
 
-@gpu_kernel(quantize_blocks, lambda w, dtype=E4M3, power_of_two=False: _real(w) and knows(dtype))
+@gpu_kernel(quantize_blocks, lambda w, dtype=E4M3, power_of_two=False: is_real(w) and knows(dtype))
 def quantize_blocks_triton(w: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     *experts, N, K = w.shape
     w = w.contiguous()
@@ -210,7 +207,7 @@ def quantize_blocks_triton(w: Tensor, dtype: torch.dtype = E4M3, power_of_two: b
 def _dequantize(q: Tensor, s: Tensor, dtype: torch.dtype, height: int) -> Tensor:
     *_, N, K = q.shape
     out = q.new_empty(q.shape, dtype=dtype)
-    values, scales = (x if x.dim() == 3 else x[None] for x in (q if q.stride(-1) == 1 else q.contiguous(), s))
+    values, scales = (x if x.dim() == 3 else x[None] for x in (by_rows(q), s))
     raw, decode = storage(values)
     shape = tile("dequantize", N=N)
     launch(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.moe import EPSILON, expert_count, route, route_backward
+from .operands import by_rows
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
 
@@ -184,10 +185,6 @@ def expert_count_kernel(idx, counts, pairs, E, EXPERTS: tl.constexpr, BLOCK: tl.
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _routes(logits: Tensor, bias: Tensor | None, k: int, groups: int, *rest: object) -> bool:
     wide = (logits.shape[1] // groups - 1).bit_length() + (groups - 1).bit_length()
     known = logits.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
@@ -207,7 +204,7 @@ def route_triton(
     scale: float,
     forced_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (T, E), logits = logits.shape, _adjacent(logits)
+    (T, E), logits = logits.shape, by_rows(logits)
     groups = groups if topk_groups < groups else 1
     idx, w = logits.new_empty(T, k, dtype=torch.int32), logits.new_empty(T, k)
     shape = tile("route", T=T)
@@ -228,7 +225,7 @@ def route_triton(
 def route_backward_triton(
     grad: Tensor, logits: Tensor, idx: Tensor, score_func: str, renormalize: bool, scale: float
 ) -> Tensor:
-    (T, E), k, logits = logits.shape, idx.shape[1], _adjacent(logits)
+    (T, E), k, logits = logits.shape, idx.shape[1], by_rows(logits)
     out = logits.new_empty(T, E)
     shape = tile("route_backward", T=T)
     launch(

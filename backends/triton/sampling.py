@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ops.sampling import sample, spec_verify
 from .noise import gumbel, log_of_one_plus, noise_keys
+from .operands import by_rows, is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .sampling_filters import MOST_BLOCKS, SMALLEST, draw, find_cut
 from .tables import tile
@@ -129,7 +130,7 @@ def accept_kernel(draft, sampled, logprobs, accepted, tokens, kept_logprobs, K, 
 def _sample(logits: Tensor, options: tuple[Tensor, ...], steps: int) -> tuple[Tensor, Tensor]:
     """Rows of `steps` tokens per request, logits [requests * steps, V]."""
     rows, V = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = by_rows(logits)
     options = tuple(option.contiguous() for option in options)
     survey, choose = tile("survey", V=V), tile("choose", V=V)
     blocks = -(-V // survey["BLOCK"])
@@ -148,7 +149,7 @@ def _sample(logits: Tensor, options: tuple[Tensor, ...], steps: int) -> tuple[Te
 
 
 def _is_choice(logits: Tensor, *rest: Tensor) -> bool:
-    return logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and 1 < logits.shape[-1] <= LARGEST_VOCABULARY
+    return is_real(logits) and 1 < logits.shape[-1] <= LARGEST_VOCABULARY
 
 
 @gpu_kernel(sample, _is_choice)

@@ -12,10 +12,12 @@ from torch import Tensor
 from ...ops.formats import BLOCK
 from ...ops.gemm import grouped_gemm_wgrad
 from ...ops.grouped_fp8 import grouped_fp8_wgrad
+from .fp8_bits import half_of_e4m3
 from .fp8_gemm import multiplies
 from .grid import on_one_chiplet, tile_at
 from .grouped_gemm import real
-from .product_kernels import half_of_e4m3, store_tile
+from .operands import by_rows
+from .product_kernels import store_tile
 from .products import MANY_ROWS, cdiv, has_aligned_rows, widened, with_aligned_rows
 from .quantize import storage
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
@@ -172,7 +174,7 @@ def fp8_wgrad_edges_kernel(
 @gpu_kernel(grouped_gemm_wgrad, real)
 def grouped_gemm_wgrad_triton(grad: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     N, K, experts = grad.shape[1], a.shape[1], offsets.shape[0] - 1
-    grad, a = (x if x.stride(1) == 1 else x.contiguous() for x in (grad, a))
+    grad, a = map(by_rows, (grad, a))
     out = a.new_empty(experts, N, K)
     shape = tile("grouped_gemm_wgrad_f32" if a.dtype == torch.float32 else "grouped_gemm_wgrad")
     grid = cdiv(N, shape["BM"]) * cdiv(K, shape["BN"]), experts

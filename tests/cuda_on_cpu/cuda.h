@@ -12,10 +12,6 @@
 
 #define __global__ extern "C"
 #define __device__ static inline
-#define __host__
-#define __forceinline__ inline
-#define __restrict__
-#define __launch_bounds__(...)
 #define __shared__ static
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
@@ -41,11 +37,6 @@ static void wait_at(decltype(Fiber::state) where) {
 }
 static inline void __syncthreads() { wait_at(Fiber::AT_BLOCK); }
 static inline void __syncwarp(unsigned = ~0u) { wait_at(Fiber::AT_WARP); }
-static inline int __syncthreads_or(int mine) {
-    static int any;
-    __syncthreads(); any = 0; __syncthreads(); any |= mine != 0; __syncthreads();
-    return any;
-}
 
 template <class T> static T exchange(T value, int from) {
     self->posted = 0;
@@ -59,28 +50,16 @@ template <class T> static T exchange(T value, int from) {
 }
 template <class T> static T __shfl_sync(unsigned, T value, int from) { return exchange(value, from & 31); }
 template <class T> static T __shfl_xor_sync(unsigned, T value, int mask) { return exchange(value, self->lane ^ mask); }
-template <class T> static T __shfl_up_sync(unsigned, T value, int by) { return self->lane < by ? exchange(value, self->lane) : exchange(value, self->lane - by); }
-template <class T> static T __shfl_down_sync(unsigned, T value, int by) { return self->lane + by > 31 ? exchange(value, self->lane) : exchange(value, self->lane + by); }
-static inline unsigned __ballot_sync(unsigned, int mine) {
-    unsigned votes = 0;
-    for (int lane = 0; lane < 32; lane++) votes |= (exchange(mine != 0, lane) ? 1u : 0u) << lane;
-    return votes;
-}
 template <class T> static unsigned __match_any_sync(unsigned, T value) {
     unsigned peers = 0;
     for (int lane = 0; lane < 32; lane++) peers |= (exchange(value, lane) == value ? 1u : 0u) << lane;
     return peers;
 }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-static inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 template <class T> static T atomicAdd(T* at, T value) { T old = *at; *at += value; return old; }
-template <class T> static T atomicMin(T* at, T value) { T old = *at; *at = std::min(old, value); return old; }
-template <class T> static T atomicMax(T* at, T value) { T old = *at; *at = std::max(old, value); return old; }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
 using std::max;
 using std::min;
 
