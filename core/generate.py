@@ -24,47 +24,13 @@ from ..ops.cache_layout import cache_layout
 from ..ops.sampling import log_probability, sample
 from .cache import PagedCache
 from .model import DeepseekV3
+from .sampling_params import SamplingParams
 from .step import Routing, packed
+
+__all__ = ["Completion", "Rollout", "SamplingParams", "SimpleRollout", "Token"]
 
 PREFILL_TOKENS = 4096  # per pass; longer prompts are cut into chunks
 RESERVE = 256  # tokens that a short sequence may grow by before its pages are moved
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens.
-
-    temperature: 0 takes the most likely token. top_k: 0 is off. top_p, min_p: of the distribution after temperature.
-    seed: 64 bits; None draws one, which the completion reports. max_tokens: None fills the context.
-    tempered_logprobs: report log-probabilities at this temperature instead of 1 (0 counts as 1).
-    stop: strings that end the text (whoever shows it cuts them off); stop_token_ids: besides the model's own.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    tempered_logprobs: bool = False
-
-    def __post_init__(self) -> None:
-        checks = [
-            (0 <= self.temperature < float("inf"), "temperature must be 0 or more"),
-            (self.top_k >= 0, "top_k must be 0 (off) or more"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be 1 or more"),
-            (self.seed is None or -(2**63) <= self.seed < 2**63, "seed must fit in 64 bits"),
-            (not isinstance(self.stop, str), "stop must be a sequence of strings, not one string"),
-            (all(self.stop), "a stop string must not be empty"),
-        ]
-        for holds, text in checks:
-            if not holds:
-                raise UserError(f"sampling: {text}")
 
 
 @dataclass
@@ -178,6 +144,9 @@ class _Batch:
         for prompt in prompts:
             if min(prompt) < 0 or max(prompt) >= config.vocab_size:
                 raise UserError(f"a prompt holds token ids outside the model's vocabulary of {config.vocab_size}")
+        for wanted in params:
+            if wanted.beyond_plain_sampling:
+                raise UserError(f"sampling: {wanted.beyond_plain_sampling} is for the serving engine (dsv3.LLM)")
         if rollout.decode is None and any(wanted.stop for wanted in params):
             raise UserError("stop strings need a tokenizer: pass decode= to SimpleRollout")
         self.completions = [
