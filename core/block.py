@@ -31,6 +31,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), step)
-        normed, x = self.post_attention_layernorm.after_adding(attended, x)
-        return x + (self.mlp(normed, step) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        attention, mlp = self.self_attn, self.mlp
+        attended = attention(self.input_layernorm.for_readers(x, attention.readers()), step)
+        normed, for_readers, x = self.post_attention_layernorm.after_adding(attended, x, mlp.readers())
+        return x + (mlp(normed, for_readers, step) if isinstance(mlp, MoE) else mlp(for_readers))

@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from ..ops.fp8 import dequantize_blocks, fp8_gemm, quantize_tiles
 from ..ops.grouped_fp8 import grouped_fp8_gemm
-from ..ops.weight import Weight, grouped_linear, linear, pack
+from ..ops.weight import Quantized, Weight, grouped_linear, linear, pack
 
 Stamp = tuple[tuple[Tensor, int], ...]  # tensors, and the version in which each was read
 
@@ -99,7 +99,14 @@ class Linear(nn.Module):
             return Weight(weight, scale, "fp8_ue8m0" if self.power_of_two_scales else "fp8")
         return Weight(weight if weight.dtype == dtype else weight.to(dtype))
 
-    def for_input(self, x: Tensor) -> Weight:
+    def fp8_input(self, x: Tensor) -> tuple[torch.dtype, bool] | None:
+        """How `forward` would quantise x, for whoever does it before: the FP8 format, and whether scales are powers of
+        two. None where it reads real numbers."""
+        if self.weight_scale_inv is None:
+            return None
+        return self.for_input(x).data.dtype, self.power_of_two_scales
+
+    def for_input(self, x: Tensor | Quantized) -> Weight:
         """The weight as the op takes it.
 
         Float weights follow the activations' dtype: float32 masters train in bfloat16.
@@ -112,10 +119,10 @@ class Linear(nn.Module):
                 return packed
         return self._plain(x.dtype)
 
-    def _differentiates(self, x: Tensor) -> bool:
+    def _differentiates(self, x: Tensor | Quantized) -> bool:
         return torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         if self.weight_scale_inv is not None and self._differentiates(x):
             return _FrozenFp8.apply(x, self.for_input(x), self._plain(x.dtype), None)
         return linear(x, self.for_input(x))

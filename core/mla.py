@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ops.gemm import batched_gemm
 from ..ops.general import rope
 from ..ops.mla import mla_attention
+from ..ops.weight import Quantized
 from .config import ModelConfig
 from .linear import Linear, Stamp, same
 from .norm import LATENT_NORM_EPS, RMSNorm
@@ -54,7 +55,11 @@ class MLA(nn.Module):
         """Forget what was made of an earlier state of the weights."""
         self._absorb = None
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def readers(self) -> tuple[Linear, ...]:
+        """The products that read x."""
+        return self.kv_a_proj_with_mqa, self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+
+    def forward(self, x: Tensor | Quantized, step: Step) -> Tensor:
         c = self.config
         q_nope, q_rope = self._queries(x).split_with_sizes([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope = self._rotate(q_rope, step)  # [T, H, r]
@@ -74,10 +79,12 @@ class MLA(nn.Module):
                 heads = self._explicit(q_nope, q_rope, latent, k_rope, cu_seqlens, longest, step)
         return self.o_proj(heads.flatten(1))
 
-    def _queries(self, x: Tensor) -> Tensor:
-        compressed = self.config.q_lora_rank is not None
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
-        return q.view(x.shape[0], self.config.num_attention_heads, self.config.qk_head_dim)
+    def _queries(self, x: Tensor | Quantized) -> Tensor:
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm.for_readers(self.q_a_proj(x), (self.q_b_proj,)))
+        return q.view(q.shape[0], self.config.num_attention_heads, self.config.qk_head_dim)
 
     def _rotate(self, x: Tensor, step: Step) -> Tensor:
         if not self.config.rope_interleave:  # these weights give the pairs' first halves, then their second halves

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops.gemm import gemm
 from ..ops.general import swiglu
 from ..ops.moe import expert_count, permute, route, sequence_balance_loss, unpermute
+from ..ops.weight import Quantized
 from .config import ModelConfig
 from .linear import GroupedLinear, Linear
 from .step import Routing, Step
@@ -28,7 +29,11 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear((2 * intermediate, hidden), device, dtype)
         self.down_proj = Linear((hidden, intermediate), device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def readers(self) -> tuple[Linear, ...]:
+        """The products that read x."""
+        return (self.gate_up_proj,)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x), None))
 
 
@@ -146,7 +151,12 @@ class MoE(nn.Module):
         )
         self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def readers(self) -> tuple[Linear, ...]:
+        """The products that read x as it is handed to them; gate and dispatcher take real rows."""
+        return () if self.shared_experts is None else self.shared_experts.readers()
+
+    def forward(self, x: Tensor, for_readers: Tensor | Quantized, step: Step) -> Tensor:
+        """for_readers: x as `readers` want it."""
         experts, weights = self.gate(x, step)
         y = self.dispatcher(x, experts, weights, self.experts)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        return y if self.shared_experts is None else y + self.shared_experts(for_readers)

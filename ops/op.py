@@ -152,6 +152,7 @@ class Op:
     fake, oracle, lowering: replace the specification in one of its roles, where it cannot play all.
     mutates: names of the arguments that are written in place.
     quantized: the outputs are rounded to few bits, so finite differences say nothing about the gradient.
+    rounds: rounding to the arguments' dtype is part of the specification: the oracle takes them as they are.
     """
 
     def __init__(
@@ -164,9 +165,10 @@ class Op:
         lowering: dict[str, Callable[..., Any]] | None = None,
         mutates: tuple[str, ...] = (),
         quantized: bool = False,
+        rounds: bool = False,
     ):
         self.name: str = spec.__name__
-        self.spec, self.cost, self.quantized = spec, cost, quantized
+        self.spec, self.cost, self.quantized, self.rounds = spec, cost, quantized, rounds
         self.tolerance = tuple(map(_near, tolerance)) if isinstance(tolerance, tuple) else _near(tolerance)
         self.oracle, self.lowering, self.mutates = oracle or spec, lowering or {}, mutates
         self.__doc__ = spec.__doc__

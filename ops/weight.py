@@ -5,8 +5,9 @@ active backend wants. Core says `linear(x, weight)` and `grouped_linear(x, weigh
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .fp8 import fp8_gemm, quantize_tiles
@@ -32,8 +33,25 @@ class Weight:
     layout: str = "plain"
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., K] -> [..., N] in x's dtype. FP8 weights meet activations quantised in tiles of 1 x 128."""
+@dataclass(frozen=True)
+class Quantized:
+    """Activations [T, K], quantised once for all products that read them. Made where no gradient is wanted.
+
+    values [T, K] in the FP8 format of the weights that they meet, scales f32 [T, ceil(K/128)] M-major; dtype: what they
+    were, and what the products come out in.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    requires_grad: ClassVar[bool] = False
+
+
+def linear(x: Tensor | Quantized, weight: Weight) -> Tensor:
+    """x [..., K] -> [..., N] in x's dtype. FP8 weights meet activations in tiles of 1 x 128, made here or before."""
+    if isinstance(x, Quantized):
+        assert weight.scale is not None
+        return fp8_gemm(x.values, x.scales, weight.data, weight.scale, x.dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if weight.scale is None:
         y = gemm(rows, weight.data, weight.layout)

@@ -109,9 +109,10 @@ def on_device(op: Op, args: tuple, device: str) -> tuple:
 
 
 def hold(op: Op, backend: str, kernel: Kernel, args: tuple, device: str = "cpu") -> bool:
-    """Run one kernel on `args` and compare with the specification in float64; False if it does not take them."""
+    """Run one kernel on `args` and compare with the specification in float64 (in the arguments' dtype where the op
+    specifies its rounding); False if it does not take them."""
     with use_backend(backend):
-        for_kernel, for_oracle = on_device(op, clone(args), device), widen(clone(args))
+        for_kernel, for_oracle = on_device(op, clone(args), device), clone(args) if op.rounds else widen(clone(args))
         if not kernel.supports(*for_kernel):
             return False
         got = kernel.run(*for_kernel)

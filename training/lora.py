@@ -29,7 +29,7 @@ from ..core.linear import Linear, Stamp, version
 from ..core.model import DeepseekV3
 from ..core.names import HFTensor, by_parameter
 from ..errors import UserError
-from ..ops.weight import Weight, linear
+from ..ops.weight import Quantized, Weight, linear
 from .settings import Count, Positive, Section
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -76,7 +76,11 @@ class LoraLinear(Linear):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fp8_input(self, x: Tensor) -> None:
+        """The adapters read real numbers."""
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        assert isinstance(x, Tensor)
         low = linear(x, Weight(self.lora_A.to(x.dtype)))  # [..., P r]
         bands = zip(low.chunk(self.parts, -1), self.lora_B.to(x.dtype).chunk(self.parts, 0), strict=True)
         added = [linear(part.contiguous(), Weight(rows)) for part, rows in bands]

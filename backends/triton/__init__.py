@@ -29,6 +29,7 @@ FAMILIES = (
     "permutation",
     "expert_parallel",
     "norms",
+    "norm_quantize",
     "elementwise",
     "loss",
     "sampling",

@@ -19,6 +19,28 @@ LONGEST = 8192  # numbers of a row, in the registers of a program; V3's are 7168
 
 
 @device_function
+def read_rows(x, residual, total, row, column, mask, D, x_row, residual_row):
+    """Rows of x [N, D] in float32; where there is a residual [N, D], of the sum, which goes to total [N, D]."""
+    values = tl.load(x + row[:, None] * x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        more = tl.load(residual + row[:, None] * residual_row + column[None, :], mask=mask, other=0.0)
+        summed = (values + more.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + row[:, None] * D + column[None, :], summed, mask=mask)
+        values = summed.to(tl.float32)
+    return values
+
+
+@device_function
+def normed(values, w, column, D, eps, like):
+    """Norms of rows f32 [ROWS, BLOCK], weighted by w [D], in the dtype that `like` points to."""
+    normal = values * tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
+    weight = tl.load(w + column, mask=column < D, other=0.0).to(tl.float32)
+    # Rounded before it is weighted, as the specification says.
+    scaled = normal.to(like.dtype.element_ty).to(tl.float32) * weight[None, :]
+    return scaled.to(like.dtype.element_ty)
+
+
+@device_function
 def norm_rows(
     x, residual, w, out, total, N, D, x_row, residual_row, out_row, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -26,17 +48,8 @@ def norm_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < N)[:, None] & (column < D)[None, :]
-    values = tl.load(x + row[:, None] * x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        more = tl.load(residual + row[:, None] * residual_row + column[None, :], mask=mask, other=0.0)
-        summed = (values + more.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + row[:, None] * D + column[None, :], summed, mask=mask)
-        values = summed.to(tl.float32)
-    normal = values * tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
-    weight = tl.load(w + column, mask=column < D, other=0.0).to(tl.float32)
-    # Rounded before it is weighted, as the specification says.
-    scaled = normal.to(out.dtype.element_ty).to(tl.float32) * weight[None, :]
-    tl.store(out + row[:, None] * out_row + column[None, :], scaled.to(out.dtype.element_ty), mask=mask)
+    values = read_rows(x, residual, total, row, column, mask, D, x_row, residual_row)
+    tl.store(out + row[:, None] * out_row + column[None, :], normed(values, w, column, D, eps, out), mask=mask)
 
 
 @kernel
@@ -101,7 +114,8 @@ def sum_rows_kernel(partial, out, N, D, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
-def _fits(x: Tensor, *others: Tensor | None) -> bool:
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Real numbers, in rows that a program can hold?"""
     return is_real(x, *others) and 0 < x.shape[-1] <= LONGEST
 
 
@@ -117,12 +131,12 @@ def _forward(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple
     return out, total
 
 
-@gpu_kernel(rms_norm, lambda x, w, eps: _fits(x, w))
+@gpu_kernel(rms_norm, lambda x, w, eps: fits(x, w))
 def rms_norm_triton(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return _forward(x, None, w, eps)[0]
 
 
-@gpu_kernel(add_rms_norm, lambda x, residual, w, eps: _fits(x, w) and residual.dtype == x.dtype)
+@gpu_kernel(add_rms_norm, lambda x, residual, w, eps: fits(x, w) and residual.dtype == x.dtype)
 def add_rms_norm_triton(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, total = _forward(x, residual, w, eps)
     assert total is not None
@@ -145,12 +159,12 @@ def _backward(grad: Tensor, grad_total: Tensor | None, x: Tensor, w: Tensor, eps
     return of_x, of_w
 
 
-@gpu_kernel(rms_norm_backward, lambda grad, x, w, eps: _fits(x, grad, w))
+@gpu_kernel(rms_norm_backward, lambda grad, x, w, eps: fits(x, grad, w))
 def rms_norm_backward_triton(grad: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _backward(grad, None, x, w, eps)
 
 
-@gpu_kernel(add_rms_norm_backward, lambda grad, grad_total, total, w, eps: _fits(total, grad, grad_total, w))
+@gpu_kernel(add_rms_norm_backward, lambda grad, grad_total, total, w, eps: fits(total, grad, grad_total, w))
 def add_rms_norm_backward_triton(
     grad: Tensor, grad_total: Tensor, total: Tensor, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -158,7 +172,7 @@ def add_rms_norm_backward_triton(
 
 
 def _takes_mtp(hidden: Tensor, embedding: Tensor, hnorm_w: Tensor, enorm_w: Tensor, eps: float) -> bool:
-    return _fits(hidden, hnorm_w, enorm_w) and embedding.dtype == hidden.dtype
+    return fits(hidden, hnorm_w, enorm_w) and embedding.dtype == hidden.dtype
 
 
 @gpu_kernel(mtp_input, _takes_mtp)

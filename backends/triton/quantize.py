@@ -146,7 +146,8 @@ def scales_like(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_empty(columns, round_up(rows, SCALE_ROWS), dtype=torch.float32).T[:rows]
 
 
-def _format(dtype: torch.dtype, power_of_two: bool) -> dict[str, Any]:
+def format_of(dtype: torch.dtype, power_of_two: bool) -> dict[str, Any]:
+    """A format as kernels that write FP8 take it."""
     return {"FP8_LARGEST": FP8_MAX[dtype], "POWER_OF_TWO": power_of_two, "DECODE": dtype != current_target().fp8}
 
 
@@ -157,7 +158,7 @@ def _tiles(x: Tensor, weight: Tensor | None, K: int, dtype: torch.dtype, power_o
     shape = tile("quantize_tiles", T=T)
     launch(
         quantize_tiles_kernel, (-(-T // shape["ROWS"]), num_blocks(K)), x, weight, storage(q)[0], s, T, K, x.stride(0),
-        s.stride(1), SWIGLU=x.shape[1] > K, **_format(dtype, power_of_two), **shape,
+        s.stride(1), SWIGLU=x.shape[1] > K, **format_of(dtype, power_of_two), **shape,
     )  # fmt: skip
     return q, s
 
@@ -185,7 +186,7 @@ def quantize_tiles_both_triton(
     qt, st = x.new_empty(K, T, dtype=dtype), scales_like(x, K, num_blocks(T))
     launch(
         quantize_both_kernel, (num_blocks(T), num_blocks(K)), x, storage(q)[0], s, storage(qt)[0], st, T, K,
-        x.stride(0), s.stride(1), st.stride(1), **_format(dtype, power_of_two), **tile("quantize_tiles_both"),
+        x.stride(0), s.stride(1), st.stride(1), **format_of(dtype, power_of_two), **tile("quantize_tiles_both"),
     )  # fmt: skip
     return q, s, qt, st
 
@@ -198,7 +199,7 @@ def quantize_blocks_triton(w: Tensor, dtype: torch.dtype = E4M3, power_of_two: b
     s = w.new_empty(*experts, num_blocks(N), num_blocks(K), dtype=torch.float32)
     grid = num_blocks(N), num_blocks(K), experts[0] if experts else 1
     launch(
-        quantize_blocks_kernel, grid, w, storage(q)[0], s, N, K, **_format(dtype, power_of_two),
+        quantize_blocks_kernel, grid, w, storage(q)[0], s, N, K, **format_of(dtype, power_of_two),
         **tile("quantize_blocks"),
     )  # fmt: skip
     return q, s
