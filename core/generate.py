@@ -26,6 +26,7 @@ from .cache import PagedCache
 from .model import DeepseekV3
 from .sampling_params import SamplingParams
 from .step import Routing, packed
+from .text_stream import tail
 
 __all__ = ["Completion", "Rollout", "SamplingParams", "SimpleRollout", "Token"]
 
@@ -286,7 +287,7 @@ class _Batch:
         if token in params.stop_token_ids or (not params.ignore_eos and token in self.model.config.eos_token_ids):
             return "stop"
         if params.stop and self.rollout.decode is not None:
-            text = _tail(self.rollout.decode, completion.token_ids, max(map(len, params.stop)))
+            text = tail(self.rollout.decode, completion.token_ids, max(map(len, params.stop)))
             if any(stop in text for stop in params.stop):
                 return "stop"
         return "length" if len(completion.token_ids) >= self.limits[i] else None
@@ -300,17 +301,6 @@ def _room(prompt: list[int], params: SamplingParams, context: int) -> int:
     if room < 1:
         raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in the context of {context}; shorten it")
     return room if params.max_tokens is None else min(room, params.max_tokens)
-
-
-def _tail(decode: Callable[[list[int]], str], tokens: list[int], length: int) -> str:
-    """The text of the last token behind at least `length` characters: what a stop string of that length may end in.
-
-    Decoding everything at every step would cost the square of the length.
-    """
-    window = 4 * length + 4  # a character takes up to four tokens of bytes; a control token leaves no text
-    while window < len(tokens) and len(decode(tokens[-1 - window : -1])) < length:
-        window *= 2
-    return decode(tokens[-1 - window :])
 
 
 def _settings_on(device: torch.device, params: list[SamplingParams], seeds: list[int]) -> list[Tensor]:

@@ -45,7 +45,8 @@ class Output(msgspec.Struct, tag="output", array_like=True):
     finish: None while it goes on; "stop", "length", or why it got no further: "abort", "timeout", "error".
     stop_reason: the stop string or stop token id (not the end of sentence) that ended it. error: for people, in a line.
     cached: tokens of the prompt that were not computed anew. seed: given or drawn.
-    prompt_logprobs, prompt_top: of prompt[1:], in the first output, if they were asked for.
+    prompt_logprobs, prompt_top: of prompt[1:], if they were asked for; piece by piece, as the prompt is computed.
+    queued: seconds from its arrival to its first step.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Output(msgspec.Struct, tag="output", array_like=True):
     seed: int = 0
     prompt_logprobs: list[float] = []
     prompt_top: list[TopLogprobs] = []
+    queued: float = 0.0
 
 
 class Stats(msgspec.Struct, tag="stats", array_like=True):

@@ -1,0 +1,112 @@
+"""The pages of the latent cache: who holds which, and which still hold a known beginning of a text (prefix caching).
+
+Pure bookkeeping, without torch. A block is a page of `page_size` tokens, in all layers. A full block whose latents are
+computed has a *key*: the hash of everything up to its end. A request whose text begins in the same way shares it.
+Blocks that nobody holds keep their content and key until they are needed: the free list is the cache, least recently
+used first.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+
+def root_key(salt: bytes) -> bytes:
+    """Where the chain of a tenant begins: texts of different salts never share a block, nor does the time that a
+    request takes tell what others have asked."""
+    return hashlib.sha256(b"dsv3" + salt).digest()
+
+
+def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Key of a block of `tokens` behind the blocks that `parent` stands for."""
+    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+
+
+class BlockPool:
+    """`num_blocks` blocks. A block is free (nobody holds it), or held by one request or several.
+
+    caching: False gives keys to none, so nothing is ever found again.
+    """
+
+    def __init__(self, num_blocks: int, page_size: int, caching: bool = True) -> None:
+        self.num_blocks, self.page_size, self.caching = num_blocks, page_size, caching
+        self._holders = [0] * num_blocks
+        self._key: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free and of no known content
+        self._kept: dict[int, None] = {}  # free and known, least recently used first
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self._blank) + len(self._kept)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of the chain `keys`. Nothing is held yet: see `share`."""
+        found = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def free_among(self, blocks: Sequence[int]) -> int:
+        """How many of these nobody holds: to share them takes so many off `available`."""
+        return sum(not self._holders[block] for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Hold blocks that `find` found, or that another request holds."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._kept[block]
+            self._holders[block] += 1
+
+    def take(self, count: int) -> list[int]:
+        """Hold `count` blocks of no known content. The caller has looked at `available`."""
+        if count > self.available:
+            raise RuntimeError(f"{count} blocks are wanted and {self.available} are free")
+        blocks = []
+        for _ in range(count):
+            block = self._blank.pop() if self._blank else self._evict()
+            self._holders[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def _evict(self) -> int:
+        block = next(iter(self._kept))
+        del self._kept[block]
+        self._unname(block)
+        return block
+
+    def _unname(self, block: int) -> None:
+        key = self._key[block]
+        if key is not None:
+            del self._block_of[key]
+            self._key[block] = None
+
+    def name(self, block: int, key: bytes) -> None:
+        """Say that a held block is full and computed. Where another block has this content, that one stays known."""
+        if self.caching and self._key[block] is None and key not in self._block_of:
+            self._key[block] = key
+            self._block_of[key] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Let go of a request's blocks, in its order. Later blocks are of less use to others: they go first."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if self._key[block] is None:
+                    self._blank.append(block)
+                else:
+                    self._kept[block] = None
+
+    def forget(self) -> None:
+        """Drop all that is known of contents: the weights have changed."""
+        self._block_of.clear()
+        self._key = [None] * self.num_blocks
+        self._blank += self._kept
+        self._kept.clear()
