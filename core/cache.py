@@ -5,6 +5,7 @@ use it. `ContiguousCache` is functional (past in, present out), which is what ex
 the backend's affair (`CacheLayout`): only the ops look inside.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -18,9 +19,13 @@ from .config import ModelConfig
 
 
 class CacheStep(Protocol):
-    """The cache as one forward pass sees it: bound to the sequences of the pass and the places of their new tokens."""
+    """The cache as one forward pass sees it: bound to the sequences of the pass and the places of their new tokens.
+
+    parts: None where all sequences attend in the same form; else the runs of sequences that do (see MixedStep).
+    """
 
     absorbed: bool
+    parts: "list[Part] | None"
     batch: int
     longest: int  # tokens of the longest sequence, the new ones included
 
@@ -129,6 +134,8 @@ class PagedStep:
     total, longest: sum and maximum of lens; upper bounds will do where absorbed.
     """
 
+    parts = None
+
     def __init__(
         self,
         cache: PagedCache,
@@ -165,6 +172,40 @@ class PagedStep:
         return latents, self.cu_seqlens, self.longest
 
 
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring sequences of a pass that attend in one form.
+
+    rows: their new tokens; cu_seqlens i32 [B+1], max_len: of these.
+    """
+
+    rows: slice
+    cache: PagedStep
+    cu_seqlens: Tensor
+    max_len: int
+
+
+class MixedStep:
+    """Sequences that decode and others that prefill, in one pass: products see the tokens of all, attention part by
+    part. slots: i64 [T], where all new tokens go."""
+
+    absorbed = False
+
+    def __init__(self, cache: PagedCache, slots: Tensor, parts: list[Part]):
+        self.cache, self.slots, self.parts = cache, slots, parts
+        self.batch = sum(part.cache.batch for part in parts)
+        self.longest = max(part.cache.longest for part in parts)
+
+    def append(self, layer: int, latent: Tensor) -> None:
+        mla_cache_write(self.cache.layers[layer], self.slots, latent)
+
+    def decode(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        raise RuntimeError("the parts of a mixed step attend each for itself")
+
+    def gather(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        raise RuntimeError("the parts of a mixed step attend each for itself")
+
+
 class ContiguousCache:
     """The functional form: `past` [L, B, P, R+r] goes in, `present` [L, B, P+S, R+r] comes out; nothing is overwritten.
 
@@ -172,6 +213,7 @@ class ContiguousCache:
     """
 
     absorbed = True
+    parts = None
 
     def __init__(self, config: ModelConfig, past: Tensor):
         self.config, self.past, self.batch = config, past, past.shape[1]

@@ -15,6 +15,7 @@ from ..ops.gemm import batched_gemm
 from ..ops.general import rope
 from ..ops.mla import mla_attention
 from ..ops.weight import Quantized
+from .cache import CacheStep
 from .config import ModelConfig
 from .linear import Linear, Stamp, same
 from .norm import LATENT_NORM_EPS, RMSNorm
@@ -68,15 +69,18 @@ class MLA(nn.Module):
         k_rope = self._rotate(k_rope, step)  # [T, r], one head for all
 
         if step.cache is None:
-            heads = self._explicit(q_nope, q_rope, latent, k_rope, step.cu_seqlens, step.max_len, step)
+            lengths = (step.cu_seqlens, step.max_len)
+            heads = self._explicit(q_nope, q_rope, latent, k_rope, lengths, lengths)
         else:
             step.cache.append(self.layer, torch.cat([latent, k_rope], -1))
-            if step.cache.absorbed:
-                heads = self._absorbed(q_nope, q_rope, step)
+            if step.cache.parts is None:
+                heads = self._over_cache(q_nope, q_rope, step.cache, step.cu_seqlens, step.max_len)
             else:
-                stored, cu_seqlens, longest = step.cache.gather(self.layer)
-                latent, k_rope = stored.to(x.dtype).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-                heads = self._explicit(q_nope, q_rope, latent, k_rope, cu_seqlens, longest, step)
+                parts = [
+                    self._over_cache(q_nope[part.rows], q_rope[part.rows], part.cache, part.cu_seqlens, part.max_len)
+                    for part in step.cache.parts
+                ]
+                heads = torch.cat(parts)
         return self.o_proj(heads.flatten(1))
 
     def _queries(self, x: Tensor | Quantized) -> Tensor:
@@ -91,31 +95,38 @@ class MLA(nn.Module):
             x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return rope(x, step.positions, step.rope_table)
 
+    def _over_cache(self, q_nope: Tensor, q_rope: Tensor, cache: CacheStep, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        """Attention of new tokens over all that is stored of their sequences -> [T, H, v]."""
+        if cache.absorbed:
+            return self._absorbed(q_nope, q_rope, cache)
+        stored, cu_seqlens_k, longest = cache.gather(self.layer)
+        latent, k_rope = stored.to(q_nope.dtype).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        return self._explicit(q_nope, q_rope, latent, k_rope, (cu_seqlens, max_len), (cu_seqlens_k, longest))
+
     def _explicit(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
         latent: Tensor,
         k_rope: Tensor,
-        cu_seqlens_k: Tensor,
-        max_k: int,
-        step: Step,
+        queries: tuple[Tensor, int],
+        keys: tuple[Tensor, int],
     ) -> Tensor:
-        """Attention of the new tokens' queries over `latent` [Tk, R] and `k_rope` [Tk, r] -> [T, H, v]."""
+        """Attention of the new tokens' queries over `latent` [Tk, R] and `k_rope` [Tk, r] -> [T, H, v].
+
+        queries, keys: cu_seqlens i32 [B+1] and the longest sequence.
+        """
         c = self.config
         kv = self.kv_b_proj(latent).view(-1, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         q = torch.cat([q_nope, q_rope], -1)
-        out, _ = mla_attention(
-            q, k_nope, k_rope, v, step.cu_seqlens, cu_seqlens_k, step.max_len, max_k, self.scale, True
-        )
+        out, _ = mla_attention(q, k_nope, k_rope, v, queries[0], keys[0], queries[1], keys[1], self.scale, True)
         return out
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
-        assert step.cache is not None
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: CacheStep) -> Tensor:
         up_k, up_v = self._expansions(q_nope.dtype)  # [H, R, n], [H, v, R]
         q_latent = batched_gemm(q_nope.transpose(0, 1), up_k).transpose(0, 1)  # [T, H, R]
-        out = step.cache.decode(self.layer, torch.cat([q_latent, q_rope], -1), self.scale)  # [T, H, R]
+        out = cache.decode(self.layer, torch.cat([q_latent, q_rope], -1), self.scale)  # [T, H, R]
         return batched_gemm(out.transpose(0, 1), up_v).transpose(0, 1)
 
     def _expansions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

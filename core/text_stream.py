@@ -1,6 +1,6 @@
 """Text of tokens that arrive one by one, as people are to see it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from .tokenizer import Tokenizer
 
@@ -10,44 +10,63 @@ class TextStream:
 
     Control tokens that the tokenizer flags special leave no text (see Tokenizer.decode). No character is torn, and what
     may be the beginning of a stop string is held back until the next token tells.
-    text: everything handed out so far.
+    ended: a stop string has come.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), end_tokens: Collection[int] = ()) -> None:
         self._decoder = tokenizer.stream(skip_special=True)
         self._stop, self._end_tokens = stop, end_tokens
         self._held = ""
-        self._ended = False
-        self.text = ""
+        self._pieces: list[str] = []
+        self.ended = False
+
+    @property
+    def text(self) -> str:
+        """Everything handed out so far."""
+        return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
         """The text that this token settles, possibly none."""
-        if self._ended or token_id in self._end_tokens:
+        if self.ended or token_id in self._end_tokens:
             return ""
         return self._settle(self._decoder.push(token_id))
 
     def finish(self) -> str:
-        """What is left at the end."""
-        if self._ended:
+        """What is left at the end. Tokens may follow: they begin another text, up to the same stop."""
+        if self.ended:
             return ""
         piece = self._settle(self._decoder.finish())
-        rest, self._held, self._ended = self._held, "", True
-        self.text += rest
+        rest, self._held = self._held, ""
+        self._pieces.append(rest)
         return piece + rest
 
     def _settle(self, fresh: str) -> str:
+        if not self._stop:
+            self._pieces.append(fresh)
+            return fresh
         text = self._held + fresh
         places = [place for place in map(text.find, self._stop) if place >= 0]
         if places:
-            self._ended, piece, self._held = True, text[: min(places)], ""
+            self.ended, piece, self._held = True, text[: min(places)], ""
         else:
-            sure = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+            sure = len(text) - max(overlap(text, stop) for stop in self._stop)
             piece, self._held = text[:sure], text[sure:]
-        self.text += piece
+        self._pieces.append(piece)
         return piece
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` are a beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def tail(decode: Callable[[list[int]], str], tokens: list[int], length: int) -> str:
+    """The text of the last token behind at least `length` characters: what a stop string of that length may end in.
+
+    Decoding everything at every step would cost the square of the length.
+    """
+    window = 4 * length + 4  # a character takes up to four tokens of bytes; a control token leaves no text
+    while window < len(tokens) and len(decode(tokens[-1 - window : -1])) < length:
+        window *= 2
+    return decode(tokens[-1 - window :])
