@@ -213,8 +213,12 @@ class Tokenizer:
         """
         if not allow_special:
             return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return self.encode_segments(self.segments(text))
+
+    def segments(self, text: str) -> list[Segment]:
+        """A text in which control tokens are spelt out, told apart. For prompts of the programmer."""
         pieces = self._control_pattern.split(text)
-        return self.encode_segments(Special(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+        return [Special(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, in parallel; as `encode` of each."""
