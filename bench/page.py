@@ -23,7 +23,8 @@ An op without a kernel runs its specification, plain PyTorch, on the backend's d
 
 - `hardware`: it ran where it belongs and agreed with its specification in float64.
 - `interpreter`: the same in Triton's interpreter on a CPU, with the tiles and the FP8 of sm_80, sm_90, gfx942, gfx950.
-- `compiled`: compiled ahead of time for every chip below, without spilled registers, within the chip's shared memory.
+- `compiled`: compiled ahead of time for every chip below, without spilled registers, within the chip's shared memory
+  (`cupy` on rocm: for gfx942, by clang).
 - `emulated`: the same comparison, with something in the place of what is not here: stand-ins that hold an adapter to
   the vendor's documented call; the CPU's products behind the same call of torch (`blas`, `torch`); fibers of the CPU
   for CUDA C++ (`cupy`, which nvcc also compiles for sm_80 and sm_90).

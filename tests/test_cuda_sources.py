@@ -1,8 +1,10 @@
-"""The kernels in CUDA C++: on fibers of the CPU against their specifications, and through nvcc where there is one."""
+"""The kernels in CUDA C++: on fibers of the CPU against their specifications, and through the compilers of the GPUs."""
 
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_on_cpu
@@ -15,6 +17,7 @@ from test_walk import QUICK
 from walk import ARGUMENTS, cell_name, hold
 
 from dsv3.backends.cupy import module, permutation, routing, sampling
+from dsv3.backends.triton.target import TARGETS
 from dsv3.ops import load
 
 CELLS = [(op, kernel) for op in load().values() for kernel in op.kernels.get("cuda", ()) if kernel.provider == "cupy"]
@@ -59,6 +62,31 @@ def test_a_source_compiles_for_nvidia_without_spills(source, chip, tmp_path):
     assert made.returncode == 0, made.stderr
     kernels = made.stderr.count("bytes spill stores")
     assert kernels == made.stderr.count(" 0 bytes spill stores, 0 bytes spill loads") > 0, made.stderr
+
+
+CLANG = shutil.which("clang-19")
+HIPRTC = Path(__file__).parent / "hiprtc.h"
+
+
+@pytest.mark.skipif(CLANG is None, reason="needs clang-19")
+@pytest.mark.parametrize("chip", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("source", MACROS)
+def test_a_source_compiles_for_amd_without_scratch_memory(source, chip, tmp_path):
+    """As HIP, behind hip.h. Kernels have the names by which they are launched, and keep everything in registers."""
+    macros = [f"-D{name}={value}" for name, value in MACROS[source].items()]
+    target = ["-x", "hip", f"--offload-arch={chip}", "-nogpulib", "-nogpuinc", "--cuda-device-only", "-O3", "-S"]
+    before = ["-include", HIPRTC, "-include", module.HERE / "hip.h"]
+    command = [CLANG, "-std=c++17", *target, *macros, *before, module.HERE / source, "-o", tmp_path / "unit.s"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if "invalid target ID" in made.stderr:
+        pytest.skip(f"this clang does not know {chip}")
+    assert made.returncode == 0, made.stderr
+    told = (tmp_path / "unit.s").read_text()
+    code = (module.HERE / source).read_text(encoding="utf-8")
+    assert re.findall(r"^ +\.name: +(\w+)$", told, re.M) == re.findall(r"__global__ void (\w+)", code)
+    assert re.findall(r"\.(?:private_segment_fixed_size|[sv]gpr_spill_count): +([1-9]\d*)", told) == []
+    assert ".uses_dynamic_stack: true" not in told
+    assert max(map(int, re.findall(r"\.group_segment_fixed_size: +(\d+)", told))) <= TARGETS["gfx942"].shared
 
 
 def test_every_source_has_sizes_to_be_compiled_with():

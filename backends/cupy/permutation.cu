@@ -3,7 +3,7 @@
 #define FULL 0xffffffffu
 
 // idx i32 [pairs] -> counts i32 [blocks, EXPERTS]: how many of a block's pairs chose each expert.
-__global__ void count_kernel(const int* idx, int* counts, long long pairs) {
+extern "C" __global__ void count_kernel(const int* idx, int* counts, long long pairs) {
     __shared__ int histogram[EXPERTS];
     for (int e = threadIdx.x; e < EXPERTS; e += 32) histogram[e] = 0;
     __syncwarp();
@@ -14,7 +14,7 @@ __global__ void count_kernel(const int* idx, int* counts, long long pairs) {
 }
 
 // counts -> in their place the first row of each block's pairs of each expert; offsets i32 [EXPERTS + 1]. One block.
-__global__ void scan_kernel(int* counts, int* offsets, long long blocks) {
+extern "C" __global__ void scan_kernel(int* counts, int* offsets, long long blocks) {
     __shared__ int starts[EXPERTS + 1];
     for (int e = threadIdx.x; e < EXPERTS; e += blockDim.x) {
         int total = 0;
@@ -39,7 +39,7 @@ __global__ void scan_kernel(int* counts, int* offsets, long long blocks) {
 }
 
 // idx, first rows as scan_kernel left them -> row_map i32 [pairs]; source i32 [rows]: the pair of each row, where it has one.
-__global__ void place_kernel(const int* idx, const int* firsts, int* row_map, int* source, long long pairs) {
+extern "C" __global__ void place_kernel(const int* idx, const int* firsts, int* row_map, int* source, long long pairs) {
     __shared__ int next[EXPERTS];
     for (int e = threadIdx.x; e < EXPERTS; e += 32) next[e] = firsts[(long long)blockIdx.x * EXPERTS + e];
     __syncwarp();
@@ -61,7 +61,7 @@ __global__ void place_kernel(const int* idx, const int* firsts, int* row_map, in
 }
 
 // Row r of `out` is row source[r] / choices of `x`, or zeros where source[r] < 0; `bytes` of a row, a block each.
-__global__ void rows_kernel(const unsigned char* x, const int* source, unsigned char* out, long long bytes, long long choices) {
+extern "C" __global__ void rows_kernel(const unsigned char* x, const int* source, unsigned char* out, long long bytes, long long choices) {
     long long row = blockIdx.x;
     int pair = source[row];
     const unsigned char* from = x + (pair < 0 ? 0 : pair / choices) * bytes;

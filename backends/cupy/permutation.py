@@ -49,7 +49,7 @@ def _permutes(x: Tensor, idx: Tensor, num_experts: int, align: int) -> bool:
 
 
 @permute.kernel("cuda", "cupy", priority=PRIORITY, available=available, supports=_permutes, checked="emulated")
-@permute.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_permutes)
+@permute.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_permutes, checked="compiled")
 def permute_cupy(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = permuted_rows(idx.numel(), num_experts, align)
     row_map, offsets, source = sort_pairs(idx, num_experts, align, rows)
@@ -57,7 +57,7 @@ def permute_cupy(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tuple[
 
 
 @expert_count.kernel("cuda", "cupy", priority=PRIORITY, available=available, supports=_counts, checked="emulated")
-@expert_count.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_counts)
+@expert_count.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_counts, checked="compiled")
 def expert_count_cupy(idx: Tensor, num_experts: int) -> Tensor:
     """By the offsets of a sort without alignment: two small kernels."""
     pairs = idx.numel()

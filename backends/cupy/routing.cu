@@ -25,7 +25,7 @@ __device__ float sum_of_warp(float mine) {
 
 // logits f32 [T, EXPERTS], bias f32 [EXPERTS] or null, forced i32 [T, CHOICES] or null
 // -> idx i32 [T, CHOICES], weights f32 [T, CHOICES].
-__global__ void route_kernel(const float* logits, const float* bias, const int* forced, int* idx, float* weights, long long T, float scale) {
+extern "C" __global__ void route_kernel(const float* logits, const float* bias, const int* forced, int* idx, float* weights, long long T, float scale) {
     __shared__ float choices[WARPS][EXPERTS + 1];
     __shared__ float affinities[WARPS][EXPERTS + 1];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

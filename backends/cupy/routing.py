@@ -19,7 +19,7 @@ def _takes(logits: Tensor, bias: Tensor | None, k: int, groups: int, topk_groups
 
 
 @route.kernel("cuda", "cupy", priority=PRIORITY, available=available, supports=_takes, checked="emulated")
-@route.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_takes)
+@route.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_takes, checked="compiled")
 def route_cupy(
     logits: Tensor,
     bias: Tensor | None,

@@ -131,7 +131,7 @@ __device__ long long last_tie(const Row& row, u32 key, long long ties) {
     return low;
 }
 
-__global__ void sample_kernel(const float* logits, const float* temperature, const int* top_k, const float* top_p, const float* min_p, const long long* seed, const long long* position, long long* token_out, float* logprob_out, long long V) {
+extern "C" __global__ void sample_kernel(const float* logits, const float* temperature, const int* top_k, const float* top_p, const float* min_p, const long long* seed, const long long* position, long long* token_out, float* logprob_out, long long V) {
     long long request = blockIdx.x;
     Row row = {logits + request * V, V, 0.f, temperature[request] > 0.f ? temperature[request] : 1.f};
 

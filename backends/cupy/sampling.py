@@ -15,7 +15,7 @@ def _takes(logits: Tensor, *rest: Tensor) -> bool:
 
 
 @sample.kernel("cuda", "cupy", priority=PRIORITY, available=available, supports=_takes, checked="emulated")
-@sample.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_takes)
+@sample.kernel("rocm", "cupy", priority=PRIORITY, available=available, supports=_takes, checked="compiled")
 def sample_cupy(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:

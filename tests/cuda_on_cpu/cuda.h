@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <vector>
 
-#define __global__ extern "C"
+#define __global__
 #define __device__ static inline
 #define __shared__ static
 
