@@ -56,9 +56,11 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
-    longest = min(len(stop) - 1, len(text))
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+    """How many characters at the end of `text` are a beginning of `stop`, but not all of it."""
+    place = text.find(stop[:1], max(0, len(text) - len(stop) + 1)) if stop else -1
+    while place >= 0 and not stop.startswith(text[place:]):
+        place = text.find(stop[0], place + 1)
+    return len(text) - place if place >= 0 else 0
 
 
 def tail(decode: Callable[[list[int]], str], tokens: list[int], length: int) -> str:
