@@ -6,7 +6,8 @@ byte of a weight is read, values (finite?) while they pass by.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops.formats import BLOCK, E4M3
+from ..ops.formats import BLOCK, E4M3, num_blocks
 from .config import ModelConfig
-from .fp8_checkpoint import all_finite, dequantize_into, wants_power_of_two
+from .fp8_checkpoint import all_finite, dequantize_into, require_block_edges, wants_power_of_two
 from .names import HFTensor, by_parameter, hf_tensors, parameter_shape
 from .safetensors_file import StoredTensor, read_header
 
@@ -81,6 +82,19 @@ class Checkpoint:
             raise UserError(f"{self.directory}: missing tensor {tensor.scale_name}, the scales of the FP8 weight")
         _check_shape(scale, tensor.scale_shape)
 
+    def narrow(self, tensor: HFTensor, dim: int, start: int, length: int) -> HFTensor:
+        """From now on `tensor` is but its rows (dim 0) or columns (dim 1) `start` to `start + length`, scales included.
+
+        Returns it with that shape. UserError where this would cut through FP8 blocks.
+        """
+        stored = self.tensors[tensor.name]
+        if stored.dtype == E4M3:
+            require_block_edges(f"{stored.path}: tensor {tensor.name}", tensor.shape[dim], start, length)
+            blocks = start // BLOCK, num_blocks(length)
+            self.tensors[tensor.scale_name] = self.tensors[tensor.scale_name].narrow(dim, *blocks)
+        self.tensors[tensor.name] = stored.narrow(dim, start, length)
+        return replace(tensor, shape=self.tensors[tensor.name].shape)
+
     def dtype(self, tensor: HFTensor) -> torch.dtype:
         """The dtype in which `tensor` is stored."""
         return self.tensors[tensor.name].dtype
@@ -121,6 +135,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     fp8: Literal["keep", "dequantize"] = "dequantize",
     device: torch.device | str | None = None,
+    part: Callable[[Checkpoint, HFTensor], HFTensor | None] | None = None,
 ) -> None:
     """Fill `model`, whose parameters may be on the meta device, from a directory in the Hugging Face format.
 
@@ -131,6 +146,8 @@ def load_into(
     fp8: "keep" hands FP8 weights and their scales to `module.load_fp8(weight, scale, power_of_two)` of modules that
         have it; everything else, and gate and up projections of which one ends inside a block, is dequantised.
     device: of all parameters; None: where each is, and the CPU for those on meta.
+    part: what a model that is spread over processes takes of a tensor: the tensor, a part of it (`Checkpoint.narrow`),
+        or None.
 
     Errors: UserError, one line, naming the tensor or file that is missing, cut short, mis-shaped, unexpected or not
         finite.
@@ -141,6 +158,11 @@ def load_into(
     groups = {name: tensors for name, tensors in _groups(config, slots).items() if name in slots.current}
     checkpoint = Checkpoint(directory)
     checkpoint.check(config, {tensor.param for tensors in groups.values() for tensor in tensors})
+    if part is not None:
+        groups = {
+            name: [mine for tensor in tensors if (mine := part(checkpoint, tensor)) is not None]
+            for name, tensors in groups.items()
+        }
     for name, tensors in groups.items():
         old, shape = slots.current[name], parameter_shape(tensors)
         if tuple(old.shape) != shape:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..ops.formats import BLOCK, E4M3, num_blocks
 from ..ops.fp8 import dequantize_blocks, quantize_blocks
 from .config import ModelConfig
@@ -34,6 +35,15 @@ def quantize(weight: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     for rows, blocks in _bands(weight.shape[0]):
         values[rows], scale[blocks] = quantize_blocks(weight[rows], E4M3, power_of_two)
     return values, scale
+
+
+def require_block_edges(what: str, size: int, start: int, length: int) -> None:
+    """UserError unless elements `start` to `start + length` of a dimension of `size` are whole blocks."""
+    if start % BLOCK or ((start + length) % BLOCK and start + length < size):
+        raise UserError(
+            f"{what} is FP8 in blocks of {BLOCK} x {BLOCK}, which a piece of {length} cuts through; "
+            "spread the model over fewer processes, or convert it to bfloat16"
+        )
 
 
 def all_finite(tensor: Tensor) -> bool:

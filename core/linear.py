@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from ..ops.fp8 import dequantize_blocks, fp8_gemm, quantize_tiles
 from ..ops.grouped_fp8 import grouped_fp8_gemm
-from ..ops.weight import Quantized, Weight, grouped_linear, linear, pack
+from ..ops.weight import Quantized, Weight, grouped_linear, linear, masked_linear, pack
 
 Stamp = tuple[tuple[Tensor, int], ...]  # tensors, and the version in which each was read
 
@@ -135,6 +135,11 @@ class GroupedLinear(Linear):
         if self.weight_scale_inv is not None and self._differentiates(x):
             return _FrozenFp8.apply(x, self.for_input(x), self._plain(x.dtype), offsets)
         return grouped_linear(x, self.for_input(x), offsets)
+
+    def masked(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [E, C, K], an expert's rows in front, counts i32 [E] of them -> [E, C, N]. For inference (decoding)."""
+        weight = self.for_input(x)
+        return masked_linear(x, weight if weight.layout == "plain" else self._plain(x.dtype), counts)
 
 
 class Embedding(nn.Module):

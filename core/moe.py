@@ -49,6 +49,14 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(rows, offsets), None), offsets)
 
+    def masked(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [E, C, D], of which the first counts[e] (i32 [E]) are expert e's -> [E, C, D]; the other rows are 0.
+
+        Shapes that do not depend on who goes where: for decoding steps that are captured. Has no gradient.
+        """
+        gate_up = self.gate_up_proj.masked(rows, counts)
+        return self.down_proj.masked(swiglu(gate_up.flatten(0, 1), None).unflatten(0, rows.shape[:2]), counts)
+
 
 class Dispatcher(Protocol):
     """Brings tokens to their experts and the weighted sums of the results back."""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +33,44 @@ WRITE_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB a call
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` bytes into the file."""
+    """Where a tensor, or a piece of one, lies: `offset` bytes into the file.
+
+    pitch: bytes from a row to the next, where a row is not the whole of the stored one; None where all bytes are
+        neighbours.
+    """
 
     name: str
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    pitch: int | None = None
+
+    def narrow(self, dim: int, start: int, length: int) -> "StoredTensor":
+        """Rows (dim 0) or, of a matrix, columns (dim 1) `start` to `start + length`. Of one that was not cut before."""
+        assert self.pitch is None and dim < len(self.shape) and start + length <= self.shape[dim]
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        if dim == 0:
+            return replace(self, shape=shape, offset=self.offset + start * row)
+        assert len(self.shape) == 2
+        return replace(self, shape=shape, offset=self.offset + start * self.dtype.itemsize, pitch=row)
 
     def read(self, out: Tensor | None = None) -> Tensor:
         """The tensor, read into `out` (contiguous, on the CPU, of this shape and dtype) or into new memory."""
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype)
-        left = _bytes(out)
+        everything = _bytes(out)
+        run = len(everything) if self.pitch is None else self.shape[1] * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise UserError(f"{self.path}: truncated in tensor {self.name}; fetch the file again")
-                left = left[count:]
+            for index, begin in enumerate(range(0, len(everything), run or 1)):
+                file.seek(self.offset + index * (self.pitch or 0))
+                left = everything[begin : begin + run]
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise UserError(f"{self.path}: truncated in tensor {self.name}; fetch the file again")
+                    left = left[count:]
         return out
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .fp8 import fp8_gemm, quantize_tiles
-from .gemm import gemm, grouped_gemm
-from .grouped_fp8 import grouped_fp8_gemm
+from .gemm import gemm, grouped_gemm, masked_gemm
+from .grouped_fp8 import grouped_fp8_gemm, masked_fp8_gemm
 from .op import Op, active_backend
 
 Format = Literal["plain", "fp8", "fp8_ue8m0"]
@@ -67,6 +67,18 @@ def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
         return grouped_gemm(x, weight.data, offsets, weight.layout)
     values, scales = quantize_tiles(x, weight.data.dtype, weight.format == "fp8_ue8m0")
     return grouped_fp8_gemm(values, scales, weight.data, weight.scale, offsets, x.dtype)
+
+
+def masked_linear(x: Tensor, weight: Weight, counts: Tensor) -> Tensor:
+    """x [E, C, K], of which the first counts[e] rows of expert e hold tokens, weight in layout "plain" -> [E, C, N].
+
+    The other rows are 0.
+    """
+    if weight.scale is None:
+        return masked_gemm(x, weight.data, counts)
+    values, scales = quantize_tiles(x.flatten(0, 1), weight.data.dtype, weight.format == "fp8_ue8m0")
+    values, scales = (part.unflatten(0, x.shape[:2]) for part in (values, scales))
+    return masked_fp8_gemm(values, scales, weight.data, weight.scale, counts, x.dtype)
 
 
 def consumer(weight: Weight) -> Op:

@@ -1,4 +1,4 @@
-"""Checks between two processes over gloo: started once, and each told of by a test of its own."""
+"""Checks between processes over gloo (two by default): started once, and each told of by a test of its own."""
 
 import json
 import os
@@ -16,11 +16,11 @@ WORLD = 2
 Check = Callable[[int, str], None]  # rank, name of the group
 
 
-def run_checks(rank: int, folder: str, checks: Mapping[str, Check]) -> dict[str, str]:
+def run_checks(rank: int, folder: str, checks: Mapping[str, Check], world: int = WORLD) -> dict[str, str]:
     """In a process: run the checks until one fails -> the failure of this rank, by check."""
     torch.set_num_threads(1)
     meeting, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)  # for a rank that failed alone
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=patience)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
     failures = {}
     for name, function in checks.items():
         try:
@@ -38,11 +38,11 @@ def leave(failures: dict[str, str], rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
 
 
-def run_everywhere(run: Callable[[int, str], None], folder: Path) -> list[dict[str, str]]:
+def run_everywhere(run: Callable[[int, str], None], folder: Path, world: int = WORLD) -> list[dict[str, str]]:
     """Start the processes, each with `run(rank, folder)`, wait, and return what each one left."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    spawn(run, (str(folder),), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    spawn(run, (str(folder),), nprocs=world)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def assert_passed(failures: list[dict[str, str]], name: str, order: list[str]) -> None:
