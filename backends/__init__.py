@@ -32,6 +32,8 @@ class Backend:
     probe: None when this machine can run it, else one line: why not, and what to do about it.
     kernels: names of the modules to import on activation.
     layout: (config, dtype) -> how this backend's kernels want the latent cache.
+    guarded: its kernels read memory by the sizes they are told, so the ops check shapes before they run.
+    prepare: what its kernels ask of the process besides, done when the backend is activated and not before.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Backend:
     probe: Callable[[], str | None]
     kernels: tuple[str, ...] = ()
     layout: Callable[[LatentDims, torch.dtype], CacheLayout] = fused_layout
+    guarded: bool = False
+    prepare: Callable[[], None] = lambda: None
 
     def why_not(self) -> str | None:
         """None when usable, else the reason; a probe that fails is a reason too."""
@@ -50,6 +54,8 @@ class Backend:
     def load(self) -> None:
         """Register the kernels and the cache layout, without asking whether they can run here."""
         LAYOUTS[self.name] = self.layout
+        if self.guarded:
+            mechanism.GUARDED.add(self.name)
         for module in self.kernels:
             import_module(module)
 
@@ -108,6 +114,7 @@ def activate(name: str = "auto") -> Backend:
     if reason is not None:
         raise UserError(f"backend {name!r} is not usable: {reason}; or use --backend cpu")
     backend.load()
+    backend.prepare()
     set_backend(backend.name)
     _active = backend
     return backend

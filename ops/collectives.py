@@ -131,7 +131,12 @@ def _counts_fake(idx: Tensor, num_experts: int, group: str) -> tuple[Tensor, Ten
     return sent, idx.new_empty(size, local_experts(num_experts, group), dtype=torch.int32)
 
 
-@op(tolerance=0.0, cost=lambda idx, num_experts, group: (idx.numel(), idx.nbytes), fake=_counts_fake)
+@op(
+    shapes={"idx": "T k"},
+    tolerance=0.0,
+    cost=lambda idx, num_experts, group: (idx.numel(), idx.nbytes),
+    fake=_counts_fake,
+)
 def ep_counts(idx: Tensor, num_experts: int, group: str) -> tuple[Tensor, Tensor]:
     """idx i32 [T, k], global experts -> sent i32 [E]: rows that this rank has for each expert; received i32 [W, e]:
     rows that each rank has for each expert of this one."""
@@ -157,7 +162,7 @@ def _dispatch_cost(x: Tensor, idx: Tensor, *rest: Any) -> tuple[int, int]:
     return 0, 2 * idx.numel() * (x.shape[1] * x.element_size() + 4)
 
 
-@op(tolerance=0.0, cost=_dispatch_cost, fake=_dispatch_fake)
+@op(shapes={"x": "T D", "idx": "T k"}, tolerance=0.0, cost=_dispatch_cost, fake=_dispatch_fake)
 def ep_dispatch(
     x: Tensor, idx: Tensor, num_experts: int, in_splits: list[int], out_splits: list[int], group: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -185,7 +190,7 @@ def _combine_cost(y: Tensor, *rest: Any) -> tuple[int, int]:
     return 0, 2 * y.nbytes
 
 
-@op(tolerance=0.0, cost=_combine_cost, fake=_combine_fake)
+@op(shapes={"y": "S D", "handle": ("T k",)}, tolerance=0.0, cost=_combine_cost, fake=_combine_fake)
 def ep_combine(y: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str) -> Tensor:
     """Send the experts' answers back: y [S, D], rows as dispatched, with the dispatch's handle and splits
     -> [T * k, D]: row t * k + j answers choice j of token t."""
@@ -197,7 +202,7 @@ def _dispatch_backward_fake(grad: Tensor, handle: list[Tensor], *rest: Any) -> T
     return grad.new_empty(handle[0].shape[0], grad.shape[1])
 
 
-@op(tolerance=1e-6, cost=_combine_cost, fake=_dispatch_backward_fake)
+@op(shapes={"grad": "S D", "handle": ("T k",)}, tolerance=1e-6, cost=_combine_cost, fake=_dispatch_backward_fake)
 def ep_dispatch_backward(
     grad: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
@@ -211,7 +216,7 @@ def _combine_backward_fake(
     return grad.new_empty(sum(out_splits), grad.shape[1])
 
 
-@op(tolerance=0.0, cost=_combine_cost, fake=_combine_backward_fake)
+@op(shapes={"handle": ("T k",), "grad": "T*k D"}, tolerance=0.0, cost=_combine_cost, fake=_combine_backward_fake)
 def ep_combine_backward(
     grad: Tensor, handle: list[Tensor], in_splits: list[int], out_splits: list[int], group: str
 ) -> Tensor:
@@ -253,7 +258,7 @@ def _dispatch_masked_fake(
     return received, idx.new_empty(local, dtype=torch.int32), [torch.empty_like(idx), slots]
 
 
-@op(tolerance=0.0, cost=_dispatch_cost, fake=_dispatch_masked_fake)
+@op(shapes={"x": "T D", "idx": "T k"}, tolerance=0.0, cost=_dispatch_cost, fake=_dispatch_masked_fake)
 def ep_dispatch_masked(
     x: Tensor, idx: Tensor, num_experts: int, capacity: int, group: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -295,7 +300,7 @@ def _combine_masked_fake(y: Tensor, handle: list[Tensor], group: str) -> Tensor:
     return y.new_empty(handle[0].numel(), y.shape[2])
 
 
-@op(tolerance=0.0, cost=_combine_cost, fake=_combine_masked_fake)
+@op(shapes={"y": "e C D", "handle": ("T k", "e*C")}, tolerance=0.0, cost=_combine_cost, fake=_combine_masked_fake)
 def ep_combine_masked(y: Tensor, handle: list[Tensor], group: str) -> Tensor:
     """Send back what `ep_dispatch_masked` brought: y [e, W * capacity, D], where rows beyond the counts may hold
     anything; its handle -> [T * k, D]: row t * k + j answers choice j of token t."""

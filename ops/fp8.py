@@ -74,13 +74,13 @@ def _quantize_both_cost(x: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool
     return 6 * x.numel(), x.nbytes + 2 * x.numel() + x.numel() // 16
 
 
-@op(tolerance=EXACT, cost=_quantize_cost, quantized=True)
+@op(shapes={"x": "T K"}, tolerance=EXACT, cost=_quantize_cost, quantized=True)
 def quantize_tiles(x: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise activations: x [T, K] -> values [T, K] in dtype, scales [T, Kb] f32 M-major (`m_major`)."""
     return _tiles(x, dtype, power_of_two)
 
 
-@op(tolerance=EXACT, cost=_quantize_both_cost, quantized=True)
+@op(shapes={"x": "T K"}, tolerance=EXACT, cost=_quantize_both_cost, quantized=True)
 def quantize_tiles_both(
     x: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def quantize_tiles_both(
     return *_tiles(x, dtype, power_of_two), *_tiles(x.T, dtype, power_of_two)
 
 
-@op(tolerance=EXACT, cost=_quantize_cost, quantized=True)
+@op(shapes={"w": "E? N K"}, tolerance=EXACT, cost=_quantize_cost, quantized=True)
 def quantize_blocks(w: Tensor, dtype: torch.dtype = E4M3, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise a weight: w [N, K] or [E, N, K] -> values of that shape in dtype, scales [..., Nb, Kb] f32."""
     *experts, N, K = w.shape
@@ -116,13 +116,13 @@ def _dequantize_cost(q: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[int, int
     return q.numel(), q.numel() * (1 + dtype.itemsize) + s.nbytes
 
 
-@op(tolerance=DEQUANTIZED, cost=_dequantize_cost)
+@op(shapes={"q": "T K", "s": "T K/128"}, tolerance=DEQUANTIZED, cost=_dequantize_cost)
 def dequantize_tiles(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """values [T, K] FP8, scales [T, Kb] f32 -> [T, K] in dtype. Exact in bf16 if the scales are powers of two."""
     return real_tiles(q, s).to(dtype)
 
 
-@op(tolerance=DEQUANTIZED, cost=_dequantize_cost)
+@op(shapes={"q": "E? N K", "s": "E? N/128 K/128"}, tolerance=DEQUANTIZED, cost=_dequantize_cost)
 def dequantize_blocks(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """values [N, K] or [E, N, K] FP8, scales [..., Nb, Kb] f32 -> the weight in dtype: `weight * weight_scale_inv`."""
     return real_blocks(q, s).to(dtype)
@@ -133,7 +133,7 @@ def _fp8_gemm_cost(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out_dtype: torc
     return 2 * T * N * K, T * K + N * K + T * N * out_dtype.itemsize + sa.nbytes + sb.nbytes
 
 
-@op(tolerance=PRODUCT, cost=_fp8_gemm_cost)
+@op(shapes={"a": "T K", "sa": "T K/128", "b": "N K", "sb": "N/128 K/128"}, tolerance=PRODUCT, cost=_fp8_gemm_cost)
 def fp8_gemm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Activations times a weight (Fprop; Dgrad with the weight transposed).
 
@@ -147,7 +147,7 @@ def _fp8_wgrad_cost(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> tuple[int, 
     return 2 * T * N * K, T * K + N * T + 4 * N * K + sa.nbytes + sb.nbytes
 
 
-@op(tolerance=PRODUCT, cost=_fp8_wgrad_cost)
+@op(shapes={"a": "N T", "sa": "N T/128", "b": "K T", "sb": "K T/128"}, tolerance=PRODUCT, cost=_fp8_wgrad_cost)
 def fp8_gemm_wgrad(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor) -> Tensor:
     """Gradient times activations, both in tiles along the tokens (Wgrad).
 
@@ -163,7 +163,7 @@ def _swiglu_quantize_cost(
     return 11 * outputs, gate_up.nbytes + outputs + outputs // 32
 
 
-@op(tolerance=REQUANTIZED, cost=_swiglu_quantize_cost, quantized=True)
+@op(shapes={"gate_up": "T 2*I", "weight": "T"}, tolerance=REQUANTIZED, cost=_swiglu_quantize_cost, quantized=True)
 def swiglu_quantize(
     gate_up: Tensor, weight: Tensor | None = None, dtype: torch.dtype = E4M3, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -56,20 +56,20 @@ def _wgrad_cost(grad: Tensor, a: Tensor) -> tuple[int, int]:
     return 2 * M * N * K, grad.nbytes + a.nbytes + N * K * a.element_size()
 
 
-@op(tolerance=PRODUCT, cost=_product_cost)
+@op(shapes={"a": "M K", "b": "N K"}, tolerance=PRODUCT, cost=_product_cost)
 def gemm(a: Tensor, b: Tensor, layout: str = "plain") -> Tensor:
     """A linear layer: a [M, K], b [N, K] -> a b^T [M, N] in a's dtype. UserError for an unknown layout."""
     require_plain(layout)
     return (_wide(a) @ _wide(b).T).to(a.dtype)
 
 
-@op(tolerance=PRODUCT, cost=_dgrad_cost)
+@op(shapes={"grad": "M N", "b": "N K"}, tolerance=PRODUCT, cost=_dgrad_cost)
 def gemm_dgrad(grad: Tensor, b: Tensor) -> Tensor:
     """Gradient of gemm's input: grad [M, N], b [N, K] -> grad b [M, K] in grad's dtype."""
     return (_wide(grad) @ _wide(b)).to(grad.dtype)
 
 
-@op(tolerance=PRODUCT, cost=_wgrad_cost)
+@op(shapes={"grad": "M N", "a": "M K"}, tolerance=PRODUCT, cost=_wgrad_cost)
 def gemm_wgrad(grad: Tensor, a: Tensor) -> Tensor:
     """Gradient of gemm's weight: grad [M, N], a [M, K] -> grad^T a [N, K] in a's dtype."""
     return (_wide(grad).T @ _wide(a)).to(a.dtype)
@@ -119,7 +119,12 @@ def _grouped_wgrad_fake(grad: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     return a.new_empty(offsets.shape[0] - 1, grad.shape[1], a.shape[1])
 
 
-@op(tolerance=PRODUCT, cost=_grouped_product_cost, fake=_grouped_fake)
+@op(
+    shapes={"a": "R K", "b": "E N K", "offsets": "E+1"},
+    tolerance=PRODUCT,
+    cost=_grouped_product_cost,
+    fake=_grouped_fake,
+)
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, layout: str = "plain") -> Tensor:
     """A linear layer of every expert, on rows that are sorted by expert.
 
@@ -134,7 +139,12 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, layout: str = "plain") -
     return out.to(a.dtype)
 
 
-@op(tolerance=PRODUCT, cost=_grouped_dgrad_cost, fake=_grouped_dgrad_fake)
+@op(
+    shapes={"grad": "R N", "b": "E N K", "offsets": "E+1"},
+    tolerance=PRODUCT,
+    cost=_grouped_dgrad_cost,
+    fake=_grouped_dgrad_fake,
+)
 def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Gradient of grouped_gemm's input: grad [R, N], b [E, N, K], offsets i32 [E + 1] -> [R, K] in grad's dtype."""
     wide = _wide(grad)
@@ -144,7 +154,12 @@ def grouped_gemm_dgrad(grad: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return out.to(grad.dtype)
 
 
-@op(tolerance=PRODUCT, cost=_grouped_wgrad_cost, fake=_grouped_wgrad_fake)
+@op(
+    shapes={"grad": "R N", "a": "R K", "offsets": "E+1"},
+    tolerance=PRODUCT,
+    cost=_grouped_wgrad_cost,
+    fake=_grouped_wgrad_fake,
+)
 def grouped_gemm_wgrad(grad: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     """Gradient of grouped_gemm's weights: grad [R, N], a [R, K], offsets i32 [E + 1] -> [E, N, K] in a's dtype.
 
@@ -174,7 +189,7 @@ def _masked_cost(a: Tensor, b: Tensor, counts: Tensor) -> tuple[int, int]:
     return 2 * E * C * N * K, a.nbytes + b.nbytes + E * C * N * a.element_size()
 
 
-@op(tolerance=PRODUCT, cost=_masked_cost)
+@op(shapes={"a": "E C K", "b": "E N K", "counts": "E"}, tolerance=PRODUCT, cost=_masked_cost)
 def masked_gemm(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     """A linear layer of every expert, each with its own C rows of which the first counts[e] hold tokens (decoding).
 
@@ -189,7 +204,7 @@ def _batched_cost(a: Tensor, b: Tensor) -> tuple[int, int]:
     return 2 * B * M * N * K, a.nbytes + b.nbytes + B * M * N * a.element_size()
 
 
-@op(tolerance=PRODUCT, cost=_batched_cost)
+@op(shapes={"a": "B M K", "b": "B N K"}, tolerance=PRODUCT, cost=_batched_cost)
 def batched_gemm(a: Tensor, b: Tensor) -> Tensor:
     """A product per batch, as absorbed attention has one a head: a [B, M, K], b [B, N, K] -> [B, M, N] in a's dtype."""
     return (_wide(a) @ _wide(b).transpose(1, 2)).to(a.dtype)

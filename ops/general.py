@@ -16,7 +16,11 @@ def _wide(x: Tensor) -> Tensor:
 # RMS norm ------------------------------------------------------------------------------------------------------------
 
 
-@op(tolerance=Near(1e-6, 5e-3), cost=lambda x, w, eps: (4 * x.numel(), 2 * x.nbytes + w.nbytes))
+@op(
+    shapes={"x": "... D", "w": "D"},
+    tolerance=Near(1e-6, 5e-3),
+    cost=lambda x, w, eps: (4 * x.numel(), 2 * x.nbytes + w.nbytes),
+)
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w over the last dimension.
 
@@ -28,7 +32,11 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return (normal.to(x.dtype) * w).to(x.dtype)
 
 
-@op(tolerance=(Near(1e-5, 5e-3), Near(1e-5, 5e-3)), cost=lambda grad, x, w, eps: (12 * x.numel(), 3 * x.nbytes))
+@op(
+    shapes={"grad": "... D", "x": "... D", "w": "D"},
+    tolerance=(Near(1e-5, 5e-3), Near(1e-5, 5e-3)),
+    cost=lambda grad, x, w, eps: (12 * x.numel(), 3 * x.nbytes),
+)
 def rms_norm_backward(grad: Tensor, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and w; grad [..., D], the rest as in rms_norm."""
     wide, grad_, D = _wide(x), _wide(grad), x.shape[-1]
@@ -50,6 +58,7 @@ def _(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @op(
+    shapes={"x": "... D", "residual": "... D", "w": "D"},
     tolerance=(Near(1e-6, 8e-3), 1e-6),
     cost=lambda x, residual, w, eps: (5 * x.numel(), 4 * x.nbytes + w.nbytes),
 )
@@ -62,6 +71,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Te
 
 
 @op(
+    shapes={"grad": "... D", "grad_total": "... D", "total": "... D", "w": "D"},
     tolerance=(Near(1e-5, 5e-3), Near(1e-5, 5e-3)),
     cost=lambda grad, grad_total, total, w, eps: (13 * total.numel(), 4 * total.nbytes),
 )
@@ -97,7 +107,11 @@ def _angles(x: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor
     return cos, sin
 
 
-@op(tolerance=1e-6, cost=lambda x, positions, table: (3 * x.numel(), 2 * x.nbytes + 4 * x.shape[0] * x.shape[-1]))
+@op(
+    shapes={"x": "T H? r", "positions": "T", "table": "P r"},
+    tolerance=1e-6,
+    cost=lambda x, positions, table: (3 * x.numel(), 2 * x.nbytes + 4 * x.shape[0] * x.shape[-1]),
+)
 def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs (x0, x1), (x2, x3), ... by the angles of their positions; the result is interleaved too.
 
@@ -108,7 +122,11 @@ def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-@op(tolerance=1e-6, cost=lambda grad, positions, table: (3 * grad.numel(), 2 * grad.nbytes))
+@op(
+    shapes={"grad": "T H? r", "positions": "T", "table": "P r"},
+    tolerance=1e-6,
+    cost=lambda grad, positions, table: (3 * grad.numel(), 2 * grad.nbytes),
+)
 def rope_backward(grad: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Gradient of x: the rotation back. grad as x in rope."""
     cos, sin = _angles(grad, positions, table)
@@ -124,7 +142,11 @@ def _(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # SwiGLU --------------------------------------------------------------------------------------------------------------
 
 
-@op(tolerance=1e-6, cost=lambda gate_up, weight: (8 * gate_up.numel(), 3 * gate_up.nbytes // 2))
+@op(
+    shapes={"gate_up": "T 2*I", "weight": "T"},
+    tolerance=1e-6,
+    cost=lambda gate_up, weight: (8 * gate_up.numel(), 3 * gate_up.nbytes // 2),
+)
 def swiglu(gate_up: Tensor, weight: Tensor | None) -> Tensor:
     """silu(gate) * up * weight [T, I]; gate_up [T, 2I], gate first; weight f32 [T] (an expert's gate value) or None."""
     gate, up = _wide(gate_up).chunk(2, -1)
@@ -135,6 +157,7 @@ def swiglu(gate_up: Tensor, weight: Tensor | None) -> Tensor:
 
 
 @op(
+    shapes={"grad": "T I", "gate_up": "T 2*I", "weight": "T"},
     tolerance=(Near(1e-5, 5e-3), Near(1e-5, 5e-3)),
     cost=lambda grad, gate_up, weight: (24 * grad.numel(), grad.nbytes + 2 * gate_up.nbytes),
 )

@@ -22,7 +22,12 @@ def _grouped_fake(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor,
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
 
 
-@op(tolerance=PRODUCT, cost=_grouped_cost, fake=_grouped_fake)
+@op(
+    shapes={"a": "R K", "sa": "R K/128", "b": "E N K", "sb": "E N/128 K/128", "offsets": "E+1"},
+    tolerance=PRODUCT,
+    cost=_grouped_cost,
+    fake=_grouped_fake,
+)
 def grouped_fp8_gemm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
     """A linear layer of every expert, on rows that are sorted by expert.
 
@@ -45,7 +50,11 @@ def _masked_cost(
     return 2 * E * C * N * K, a.numel() + b.numel() + E * C * N * out_dtype.itemsize + sa.nbytes + sb.nbytes
 
 
-@op(tolerance=PRODUCT, cost=_masked_cost)
+@op(
+    shapes={"a": "E C K", "sa": "E C K/128", "b": "E N K", "sb": "E N/128 K/128", "counts": "E"},
+    tolerance=PRODUCT,
+    cost=_masked_cost,
+)
 def masked_fp8_gemm(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, counts: Tensor, out_dtype: torch.dtype) -> Tensor:
     """A linear layer of every expert, each with its own C rows of which the first counts[e] hold tokens (decoding).
 
@@ -65,7 +74,12 @@ def _wgrad_fake(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor) -
     return sa.new_empty(offsets.shape[0] - 1, a.shape[0], b.shape[0])
 
 
-@op(tolerance=PRODUCT, cost=_wgrad_cost, fake=_wgrad_fake)
+@op(
+    shapes={"a": "N R", "sa": "N R/128", "b": "K R", "sb": "K R/128", "offsets": "E+1"},
+    tolerance=PRODUCT,
+    cost=_wgrad_cost,
+    fake=_wgrad_fake,
+)
 def grouped_fp8_wgrad(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, offsets: Tensor) -> Tensor:
     """Gradient of the experts' weights: gradient times activations, segment by segment, in tiles along the rows.
 

@@ -24,6 +24,7 @@ def _log_softmax(h: Tensor, w: Tensor, temperature: float) -> tuple[Tensor, Tens
 
 
 @op(
+    shapes={"h": "T D", "w": "V D", "target": "T"},
     tolerance=(Near(1e-5, 1e-5), Near(1e-5, 1e-5), Near(1e-5, 1e-5)),
     cost=lambda h, w, target, temperature: (2 * h.shape[0] * w.numel(), h.nbytes + w.nbytes + 20 * h.shape[0]),
 )
@@ -41,6 +42,16 @@ def linear_cross_entropy(h: Tensor, w: Tensor, target: Tensor, temperature: floa
 
 
 @op(
+    shapes={
+        "grad_logp": "T",
+        "grad_entropy": "T",
+        "grad_lse": "T",
+        "h": "T D",
+        "w": "V D",
+        "target": "T",
+        "entropy": "T",
+        "lse": "T",
+    },
     tolerance=(Near(1e-5, 5e-3), Near(1e-5, 5e-3)),
     cost=lambda *args: (6 * args[3].shape[0] * args[4].numel(), 2 * args[3].nbytes + 3 * args[4].nbytes),
 )

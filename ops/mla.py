@@ -19,6 +19,12 @@ def _attention_cost(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, max_k:
     return 2 * H * pairs * (D + dv), q.nbytes + k_nope.nbytes + k_rope.nbytes + v.nbytes + Tq * H * dv * q.itemsize
 
 
+ATTENTION = {
+    "k_nope": "Tk H n", "k_rope": "Tk r", "q": "Tq H n+r", "v": "Tk H dv",
+    "cu_seqlens_q": "B+1", "cu_seqlens_k": "B+1",
+}  # fmt: skip
+
+
 def visible_keys(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, Tq: int, Tk: int, causal: bool) -> Tensor:
     """bool [Tq, Tk]: may this query attend to this key? Same sequence and, if causal, not nearer to its end.
 
@@ -51,6 +57,7 @@ def _probabilities(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 @op(
+    shapes=ATTENTION,
     tolerance=(Near(2e-6, 5e-3), Near(2e-6, 1e-3)),
     cost=lambda q, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k, scale, causal: _attention_cost(
         q, k_nope, k_rope, v, max_k, causal
@@ -90,7 +97,11 @@ def _attention_backward_cost(*args: Any) -> tuple[int, int]:
 
 
 # A sequence's first query sees one key: its gradient is a difference of equal numbers, a row of rounding errors.
-@op(tolerance=Near(1e-4, 1e-2), cost=_attention_backward_cost)
+@op(
+    shapes={**ATTENTION, "grad_out": "Tq H dv", "grad_lse": "Tq H", "out": "Tq H dv", "lse": "Tq H"},
+    tolerance=Near(1e-4, 1e-2),
+    cost=_attention_backward_cost,
+)
 def mla_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -156,6 +167,7 @@ def _merge_weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 @op(
+    shapes={"out_a": "T H dv", "lse_a": "T H", "out_b": "T H dv", "lse_b": "T H"},
     tolerance=(1e-6, 1e-6),
     cost=lambda out_a, lse_a, out_b, lse_b: (3 * out_a.numel(), 3 * out_a.nbytes + 3 * lse_a.nbytes),
 )
@@ -168,7 +180,18 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tup
     return (of_a[..., None] * out_a + of_b[..., None] * out_b).to(out_a.dtype), lse
 
 
-@op(tolerance=Near(1e-5, 1e-2), cost=lambda grad_out, *rest: (8 * grad_out.numel(), 5 * grad_out.nbytes))
+@op(
+    shapes={
+        "grad_out": "T H dv",
+        "grad_lse": "T H",
+        "out_a": "T H dv",
+        "lse_a": "T H",
+        "out_b": "T H dv",
+        "lse_b": "T H",
+    },
+    tolerance=Near(1e-5, 1e-2),
+    cost=lambda grad_out, *rest: (8 * grad_out.numel(), 5 * grad_out.nbytes),
+)
 def merge_lse_backward(
     grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

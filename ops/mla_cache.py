@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 from .formats import BLOCK, E4M3, FP8_MAX, num_blocks
 from .op import Near, op
 
+# Of the first tensor of a cache. How wide a row is for latents of R + r, only its dtype says.
+PAGES = ("P page width",)
+
 
 def fp8_latent_bytes(kv_lora_rank: int, rope_dim: int) -> int:
     """Bytes of one token in an FP8 cache: 656 for 512 + 64."""
@@ -56,7 +59,12 @@ def read_latent(rows: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
     return decode_fp8_latent(rows, kv_lora_rank, dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
 
 
-@op(tolerance=0.0, mutates=("cache",), cost=lambda cache, slots, latent: (0, 2 * latent.nbytes))
+@op(
+    shapes={"cache": PAGES, "slots": "T", "latent": "T latent_dim"},
+    tolerance=0.0,
+    mutates=("cache",),
+    cost=lambda cache, slots, latent: (0, 2 * latent.nbytes),
+)
 def mla_cache_write(cache: list[Tensor], slots: Tensor, latent: Tensor) -> None:
     """Store the latents of new tokens.
 
@@ -69,6 +77,7 @@ def mla_cache_write(cache: list[Tensor], slots: Tensor, latent: Tensor) -> None:
 
 
 @op(
+    shapes={"cache": PAGES, "table": "B W", "lens": "B", "cu_seqlens": "B+1"},
     tolerance=0.0,
     cost=lambda cache, table, lens, cu, total, kv_lora_rank: (0, 2 * total * cache[0].shape[2] * cache[0].itemsize),
 )
@@ -118,7 +127,11 @@ def _decode_cost(
     return 2 * S * H * tokens * (D + kv_lora_rank), moved
 
 
-@op(tolerance=(Near(2e-6, 8e-3), Near(2e-6, 8e-3)), cost=_decode_cost)
+@op(
+    shapes={"q": "B S H latent_dim", "cache": PAGES, "table": "B W", "lens": "B", "lens_cpu": "B", "plan": ()},
+    tolerance=(Near(2e-6, 8e-3), Near(2e-6, 8e-3)),
+    cost=_decode_cost,
+)
 def mla_decode(
     q: Tensor,
     cache: list[Tensor],

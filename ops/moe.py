@@ -57,7 +57,7 @@ def _route_cost(logits: Tensor, bias: Tensor | None, k: int, *rest: Any) -> tupl
     return 4 * logits.numel(), logits.nbytes + 8 * logits.shape[0] * k
 
 
-@op(tolerance=(0.0, 1e-6), cost=_route_cost)
+@op(shapes={"logits": "T E", "bias": "E", "forced_idx": "T k"}, tolerance=(0.0, 1e-6), cost=_route_cost)
 def route(
     logits: Tensor,
     bias: Tensor | None,
@@ -92,7 +92,11 @@ def route(
     return idx.int(), gate_weights(scores, idx, renormalize, scale)
 
 
-@op(tolerance=1e-5, cost=lambda grad, logits, *rest: (8 * grad.numel() + 4 * logits.numel(), 2 * logits.nbytes))
+@op(
+    shapes={"grad": "T k", "logits": "T E", "idx": "T k"},
+    tolerance=1e-5,
+    cost=lambda grad, logits, *rest: (8 * grad.numel() + 4 * logits.numel(), 2 * logits.nbytes),
+)
 def route_backward(
     grad: Tensor, logits: Tensor, idx: Tensor, score_func: str, renormalize: bool, scale: float
 ) -> Tensor:
@@ -122,7 +126,7 @@ def _route_gradient(ctx: Any, grad_idx: Tensor, grad: Tensor) -> tuple[Tensor | 
     return route_backward(grad, logits, idx, ctx.score_func, ctx.renormalize, ctx.scale), *[None] * 9
 
 
-@op(tolerance=EXACT, cost=lambda idx, num_experts: (idx.numel(), idx.nbytes + 4 * num_experts))
+@op(shapes={"idx": "T k"}, tolerance=EXACT, cost=lambda idx, num_experts: (idx.numel(), idx.nbytes + 4 * num_experts))
 def expert_count(idx: Tensor, num_experts: int) -> Tensor:
     """idx i32 [T, k] -> how many rows chose each expert, i32 [E]."""
     flat = idx.reshape(-1).long()
@@ -214,7 +218,7 @@ def _permute_cost(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tuple
     return 0, x.nbytes + rows * x.shape[1] * x.element_size() + 2 * idx.nbytes
 
 
-@op(tolerance=EXACT, cost=_permute_cost)
+@op(shapes={"x": "T D", "idx": "T k"}, tolerance=EXACT, cost=_permute_cost)
 def permute(x: Tensor, idx: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
     """Copy each token once for every expert that it chose, sorted by expert and, within one, by token.
 
@@ -238,7 +242,7 @@ def _unpermute_cost(y: Tensor, row_map: Tensor, w: Tensor | None) -> tuple[int, 
     return 2 * pairs * y.shape[1], moved + 4 * pairs * (1 if w is None else 2)
 
 
-@op(tolerance=1e-6, cost=_unpermute_cost)
+@op(shapes={"y": "R D", "row_map": "T k", "w": "T k"}, tolerance=1e-6, cost=_unpermute_cost)
 def unpermute(y: Tensor, row_map: Tensor, w: Tensor | None) -> Tensor:
     """Sum the rows of each token: sum_j w[t, j] * y[row_map[t, j]].
 
@@ -257,7 +261,7 @@ def _unpermute_backward_cost(grad: Tensor, row_map: Tensor, w: Tensor | None, ro
     return row_map.numel() * grad.shape[1], grad.nbytes + rows * grad.shape[1] * grad.element_size()
 
 
-@op(tolerance=1e-6, cost=_unpermute_backward_cost)
+@op(shapes={"grad": "T D", "row_map": "T k", "w": "T k"}, tolerance=1e-6, cost=_unpermute_backward_cost)
 def unpermute_backward(grad: Tensor, row_map: Tensor, w: Tensor | None, rows: int) -> Tensor:
     """grad [T, D], row_map i32 [T, k], w f32 [T, k] or None -> gradient of y [rows, D]; unmapped rows get 0."""
     T, k = row_map.shape
@@ -267,7 +271,11 @@ def unpermute_backward(grad: Tensor, row_map: Tensor, w: Tensor | None, rows: in
     return grad.new_zeros(rows, grad.shape[1]).index_copy(0, row_map.reshape(-1).long(), spread.flatten(0, 1))
 
 
-@op(tolerance=1e-5, cost=lambda grad, y, row_map: (2 * row_map.numel() * grad.shape[1], grad.nbytes + y.nbytes))
+@op(
+    shapes={"grad": "T D", "y": "R D", "row_map": "T k"},
+    tolerance=1e-5,
+    cost=lambda grad, y, row_map: (2 * row_map.numel() * grad.shape[1], grad.nbytes + y.nbytes),
+)
 def unpermute_backward_w(grad: Tensor, y: Tensor, row_map: Tensor) -> Tensor:
     """grad [T, D], y [R, D], row_map i32 [T, k] -> gradient of w [T, k] f32: grad[t] . y[row_map[t, j]]."""
     real = torch.promote_types(y.dtype, torch.float32)
@@ -303,7 +311,7 @@ def _permute_quantize_cost(x: Tensor, idx: Tensor, num_experts: int, align: int,
     return 2 * x.numel(), x.nbytes + values + values // 32 + 2 * idx.nbytes
 
 
-@op(tolerance=EXACT, cost=_permute_quantize_cost, quantized=True)
+@op(shapes={"x": "T D", "idx": "T k"}, tolerance=EXACT, cost=_permute_quantize_cost, quantized=True)
 def permute_quantize(
     x: Tensor, idx: Tensor, num_experts: int, align: int, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

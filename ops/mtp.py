@@ -16,7 +16,9 @@ def _cost(hidden: Tensor, *rest: Any) -> tuple[int, int]:
     return 8 * hidden.numel(), 4 * hidden.nbytes
 
 
-@op(tolerance=Near(1e-6, 5e-3), cost=_cost)
+@op(
+    shapes={"hidden": "T D", "embedding": "T D", "hnorm_w": "D", "enorm_w": "D"}, tolerance=Near(1e-6, 5e-3), cost=_cost
+)
 def mtp_input(hidden: Tensor, embedding: Tensor, hnorm_w: Tensor, enorm_w: Tensor, eps: float) -> Tensor:
     """What eh_proj multiplies: the next token's embedding and the hidden state, each normalised.
 
@@ -30,7 +32,11 @@ def _backward_cost(grad: Tensor, *rest: Any) -> tuple[int, int]:
     return 12 * grad.numel(), 3 * grad.nbytes
 
 
-@op(tolerance=Near(1e-5, 5e-3), cost=_backward_cost)
+@op(
+    shapes={"grad": "T 2*D", "hidden": "T D", "embedding": "T D", "hnorm_w": "D", "enorm_w": "D"},
+    tolerance=Near(1e-5, 5e-3),
+    cost=_backward_cost,
+)
 def mtp_input_backward(
     grad: Tensor, hidden: Tensor, embedding: Tensor, hnorm_w: Tensor, enorm_w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

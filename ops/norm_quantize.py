@@ -27,7 +27,7 @@ def _cost(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype, power_of_two: bo
     return 7 * x.numel(), x.nbytes + w.nbytes + x.numel() + x.numel() // 32
 
 
-@op(tolerance=(VALUES, SCALES), cost=_cost, quantized=True, rounds=True)
+@op(shapes={"x": "T D", "w": "D"}, tolerance=(VALUES, SCALES), cost=_cost, quantized=True, rounds=True)
 def rms_norm_quantize(
     x: Tensor, w: Tensor, eps: float, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,13 @@ def _adding_cost(
     return flops + x.numel(), moved + 3 * x.nbytes
 
 
-@op(tolerance=(Near(1e-6, 8e-3), 1e-6, VALUES, SCALES), cost=_adding_cost, quantized=True, rounds=True)
+@op(
+    shapes={"x": "T D", "residual": "T D", "w": "D"},
+    tolerance=(Near(1e-6, 8e-3), 1e-6, VALUES, SCALES),
+    cost=_adding_cost,
+    quantized=True,
+    rounds=True,
+)
 def add_rms_norm_quantize(
     x: Tensor, residual: Tensor, w: Tensor, eps: float, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,12 +26,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UserError
+from .shapes import Shapes
 
 LIBRARY = torch.library.Library("dsv3", "DEF")
 OPS: dict[str, "Op"] = {}
 
 # Process-wide on purpose: autograd runs backward in threads of its own, which see no ContextVar.
 _active_backend = "cpu"
+
+
+# Backends whose kernels read memory by the sizes that they are told: there shapes are checked before one runs.
+GUARDED: set[str] = set()
 
 
 def active_backend() -> str:
@@ -148,6 +153,7 @@ class Op:
 
     tolerance: see Near; one for all outputs or one per output. A number t stands for Near(t, max(t, BF16_ROUNDING)),
         and 0.0 for EXACT; integer and boolean outputs are always held to equality.
+    shapes: of its tensors, by the rules of shapes.py; asked before a kernel of a guarded backend runs.
     cost: arguments -> (floating-point operations, bytes that must move), for rooflines.
     fake, oracle, lowering: replace the specification in one of its roles, where it cannot play all.
     mutates: names of the arguments that are written in place.
@@ -159,6 +165,7 @@ class Op:
         self,
         spec: Callable[..., Any],
         tolerance: float | Near | tuple[float | Near, ...],
+        shapes: dict[str, str | tuple[str, ...]] | None = None,
         cost: Callable[..., tuple[int, int]] | None = None,
         fake: Callable[..., Any] | None = None,
         oracle: Callable[..., Any] | None = None,
@@ -173,6 +180,7 @@ class Op:
         self.oracle, self.lowering, self.mutates = oracle or spec, lowering or {}, mutates
         self.__doc__ = spec.__doc__
         self.signature = inspect.signature(spec)
+        self.shapes = None if shapes is None else Shapes(self.signature, shapes)
         self.kernels: dict[str, list[Kernel]] = {}
         self.gradient_of: tuple[str, ...] = ()
         self.specification = Kernel("specification", spec, checked="reference")
@@ -227,6 +235,8 @@ class Op:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            if _active_backend in GUARDED and self.shapes is not None:
+                self.shapes.require(args, kwargs)
             return self.choose(*args, **kwargs).run(*args, **kwargs)
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise self._explained(error, args, kwargs) from error

@@ -17,6 +17,7 @@ from .op import op
 WORD = 0xFFFFFFFF
 # Both factors are below 2**31: a 32-bit word times one of them fits a signed 64-bit integer, so no device overflows.
 FACTORS = (0x2C1B3C6D, 0x297A2D39)
+OPTIONS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")  # of each request
 LARGEST_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1: the noise stays finite
 
 
@@ -72,7 +73,11 @@ def log_probability(logits: Tensor, token: Tensor) -> Tensor:
     return (logits.gather(-1, token[:, None]) - largest).squeeze(-1) - others.log1p()
 
 
-@op(tolerance=(0.0, 1e-5), cost=lambda logits, *rest: (40 * logits.numel(), logits.nbytes))
+@op(
+    shapes={"logits": "B V", **dict.fromkeys(OPTIONS, "B")},
+    tolerance=(0.0, 1e-5),
+    cost=lambda logits, *rest: (40 * logits.numel(), logits.nbytes),
+)
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -121,7 +126,11 @@ def _verify_cost(draft: Tensor, logits: Tensor, *rest: Any) -> tuple[int, int]:
     return 40 * logits.numel(), logits.nbytes
 
 
-@op(tolerance=(0.0, 0.0, 1e-5), cost=_verify_cost)
+@op(
+    shapes={"draft": "B K", "logits": "B K+1 V", **dict.fromkeys(OPTIONS, "B")},
+    tolerance=(0.0, 0.0, 1e-5),
+    cost=_verify_cost,
+)
 def spec_verify(
     draft: Tensor,
     logits: Tensor,

@@ -91,6 +91,29 @@ def test_use_backend_returns_to_what_was(monkeypatch):
     assert activate() is cpu
 
 
+SUMS = """
+from dataclasses import replace
+import torch
+from dsv3.backends import activate, discover
+switches = torch.backends.cuda.matmul
+def narrow():
+    return [switches.allow_bf16_reduced_precision_reduction, switches.allow_fp16_reduced_precision_reduction]
+for backend in discover().values():
+    backend.load()
+assert narrow() == [True, True]
+discover()["%s"] = replace(discover()["%s"], probe=lambda: None)
+activate("%s")
+assert narrow() == [False, False]
+"""
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm"])
+def test_torch_is_told_how_to_sum_by_activation_and_not_by_loading(name):
+    """`doctor` and tests load kernels of backends that their process does not run on."""
+    run = subprocess.run([sys.executable, "-c", SUMS.replace("%s", name)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_cpu_has_kernels_after_its_import():
     assert discover()["cpu"].name == "cpu"
     assert any(op.kernels.get("cpu") for op in OPS.values())

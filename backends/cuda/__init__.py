@@ -34,4 +34,11 @@ def probe() -> str | None:
     return f"the NVIDIA driver is there, but torch {torch.__version__} sees no GPU; {mend}"
 
 
-BACKEND = Backend(name="cuda", device="cuda", probe=probe, kernels=triton.modules() + cupy.modules() + ADAPTERS)
+BACKEND = Backend(
+    name="cuda",
+    device="cuda",
+    probe=probe,
+    kernels=triton.modules() + cupy.modules() + ADAPTERS,
+    guarded=True,
+    prepare=triton.sum_in_float32,
+)

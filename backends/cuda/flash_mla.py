@@ -44,7 +44,7 @@ def _supports(
 ) -> bool:
     return (
         q.dtype == cache[0].dtype == torch.bfloat16
-        and (q.shape[3], kv_lora_rank) == (576, 512)
+        and (q.shape[3], cache[0].shape[2], kv_lora_rank) == (576, 576, 512)
         and cache[0].shape[1] == PAGE
         and cache[0].is_contiguous()
         and table.dtype == lens.dtype == torch.int32

@@ -86,7 +86,7 @@ def _supports(
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and q.dtype == cache[0].dtype
-        and (q.shape[3], kv_lora_rank) == (576, 512)
+        and (q.shape[3], cache[0].shape[2], kv_lora_rank) == (576, 576, 512)
         and table.dtype == lens_cpu.dtype == torch.int32
         and table.is_contiguous()  # the plan keeps a view of it
         and q.numel() > 0

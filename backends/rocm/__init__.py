@@ -29,4 +29,11 @@ def probe() -> str | None:
     return f"the AMD driver is there, but torch {torch.__version__} sees no GPU; {mend}"
 
 
-BACKEND = Backend(name="rocm", device="cuda", probe=probe, kernels=triton.modules() + cupy.modules() + ADAPTERS)
+BACKEND = Backend(
+    name="rocm",
+    device="cuda",
+    probe=probe,
+    kernels=triton.modules() + cupy.modules() + ADAPTERS,
+    guarded=True,
+    prepare=triton.sum_in_float32,
+)

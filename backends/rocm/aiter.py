@@ -104,7 +104,7 @@ def _supports_mla(
 ) -> bool:
     return (
         q.dtype == cache[0].dtype == torch.bfloat16
-        and (q.shape[3], kv_lora_rank) == (576, 512)
+        and (q.shape[3], cache[0].shape[2], kv_lora_rank) == (576, 576, 512)
         and q.shape[2] in HEADS
         and q.shape[1] <= 4
         and cache[0].is_contiguous()

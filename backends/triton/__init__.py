@@ -14,6 +14,8 @@ Rules of a kernel, each paid for once:
 
 from importlib.util import find_spec
 
+import torch
+
 FAMILIES = (
     "quantize",
     "fp8_gemm",
@@ -40,6 +42,15 @@ def modules() -> tuple[str, ...]:
     """What a backend imports to have these kernels; without Triton, which the probe misses, the graphs alone."""
     families = FAMILIES if find_spec("triton") else ()
     return tuple(f"{__name__}.{module}" for module in ("graphs", *families))
+
+
+def sum_in_float32() -> None:
+    """Forbid torch, in this process, to reduce the partial sums of 16-bit products in 16 bits: `blas` promises float32.
+
+    Whether float32 is multiplied as TF32 is torch's switch as well (`torch.backends.cuda.matmul`), and off by default.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def why_not(extra: str) -> str | None:

@@ -1,7 +1,6 @@
 """Products that a vendor's library computes best: plain ones by cuBLAS or hipBLAS, those of experts by torch on Hopper.
 
-Sums run in float32: torch may not reduce 16-bit partial sums in 16 bits, which this module forbids in its process.
-Whether float32 is multiplied as TF32 is torch's switch (`torch.backends.cuda.matmul`), which is off by default.
+Sums run in float32: that torch may not reduce them in 16 bits, `sum_in_float32` says when a backend is activated.
 """
 
 from collections.abc import Callable
@@ -27,9 +26,6 @@ from .products import has_aligned_rows
 from .runtime import BACKENDS, can_launch, kernel, launch
 from .tables import tile
 from .target import current_target
-
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 # Public from some release on.
 grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.mla_cache import mla_decode
-from .latent_cache import read_latents, readable, row_format
+from .latent_cache import latent_dim, read_latents, readable, row_format
 from .operands import is_real
 from .runtime import device_function, gpu_kernel, kernel, launch, power_of_two
 from .tables import tile
@@ -158,7 +158,8 @@ def _decodes(
     q: Tensor, cache: list[Tensor], table: Tensor, lens: Tensor, lens_cpu: Tensor, plan: list[Tensor], scale: float,
     kv_lora_rank: int,
 ) -> bool:  # fmt: skip
-    return is_real(q) and readable(cache[0], kv_lora_rank)
+    pages = cache[0]
+    return is_real(q) and readable(pages, kv_lora_rank) and q.shape[3] == latent_dim(pages, kv_lora_rank)
 
 
 def _table_of(q: torch.dtype, cache: torch.dtype) -> str:

@@ -124,9 +124,16 @@ def mla_cache_gather_kernel(
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
+def latent_dim(pages: Tensor, kv_lora_rank: int) -> int:
+    """R + r of the latents that a row of this cache holds."""
+    if pages.dtype != torch.uint8:
+        return pages.shape[2]
+    return kv_lora_rank + (pages.shape[2] - fp8_latent_bytes(kv_lora_rank, 0)) // 2
+
+
 def readable(pages: Tensor, kv_lora_rank: int) -> bool:
     """Do kernels read this cache? The parts of a row of bytes must lie where their types may lie."""
-    if not pages.is_contiguous() or kv_lora_rank < 1:
+    if not pages.is_contiguous() or not 0 < kv_lora_rank <= latent_dim(pages, kv_lora_rank):
         return False
     if pages.dtype == torch.uint8:
         aligned = kv_lora_rank % 4 == 0 and pages.shape[2] % 4 == 0 and pages.storage_offset() % 4 == 0
@@ -137,14 +144,13 @@ def readable(pages: Tensor, kv_lora_rank: int) -> bool:
 def row_format(pages: Tensor, kv_lora_rank: int, least: int = 1) -> tuple[Tensor, dict[str, int | bool]]:
     """A cache as kernels take it, and what they must know of its rows; blocks measure `least` at least."""
     R, RP = kv_lora_rank, power_of_two(kv_lora_rank, least)
+    rope = latent_dim(pages, R) - R
     if pages.dtype != torch.uint8:
-        rope = pages.shape[2] - R
         return pages, {
             "R": R, "ROPE": rope, "RP": RP, "ROPE_P": power_of_two(rope, least), "TILES": 0, "TILE": RP,
             "DECODE": False,
         }  # fmt: skip
     values, decode = storage(pages.view(E4M3))
-    rope = (pages.shape[2] - fp8_latent_bytes(R, 0)) // 2
     return values, {
         "R": R, "ROPE": rope, "RP": RP, "ROPE_P": power_of_two(rope, least), "TILES": num_blocks(R),
         "TILE": min(RP, BLOCK), "DECODE": decode,
@@ -159,7 +165,10 @@ def _rank(pages: Tensor, latent: Tensor) -> int:
 
 
 def _writes(cache: list[Tensor], slots: Tensor, latent: Tensor) -> bool:
-    return is_real(latent) and latent.shape[1] > 1 and readable(cache[0], _rank(cache[0], latent))
+    if not is_real(latent) or latent.shape[1] < 2:
+        return False
+    R = _rank(cache[0], latent)
+    return readable(cache[0], R) and latent.shape[1] == latent_dim(cache[0], R)
 
 
 @gpu_kernel(mla_cache_write, _writes)
