@@ -4,15 +4,16 @@ Every turn reads the whole conversation again from its beginning. What the model
 repeated to it, as its chat format wants.
 """
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 from .core.config import ModelConfig
 from .core.encoding import detect_format, encode_chat, stop_token
-from .core.generate import SamplingParams, SimpleRollout
-from .core.special_tokens import END_THINK, THINK, Special
-from .core.text_stream import TextStream
+from .core.generate import Rollout, SamplingParams
+from .core.reply_events import Content, Event, Reasoning, ReplyParts
+from .core.reply_stream import ReplyStream, opens_reasoning
+from .core.special_tokens import Special
 from .core.tokenizer import Tokenizer
 from .errors import UserError
 from .talk import draw_seed
@@ -54,7 +55,7 @@ class Conversation:
 
     def __init__(
         self,
-        rollout: SimpleRollout,
+        rollout: Rollout,
         tokenizer: Tokenizer,
         format: str,
         params: SamplingParams,
@@ -91,55 +92,31 @@ class Conversation:
         nothing had come, the message is as good as never sent."""
         ids = self.prompt(text)
         params = replace(self.params, seed=draw_seed()) if self.params.seed is None else self.params
-        begins_thinking = self.format == "r1" or self.thinking
-        reply = Reply(self.tokenizer, params.stop, params.stop_token_ids, begins_thinking)
+        thinks = opens_reasoning(self.tokenizer, ids)
+        reply = ReplyStream(self.tokenizer, self.format, thinks, stop=params.stop, end_tokens=params.stop_token_ids)
+        parts, began = ReplyParts(), False
         self.finish_reason = None
         try:
             with closing(self.rollout.stream([ids], params)) as tokens:
                 for token in tokens:
-                    yield from reply.push(token.token_id)
+                    began = True
+                    yield from _pieces(reply.push(token.token_id), parts)
                     self.finish_reason = token.finish_reason
-            yield from reply.finish()
+            yield from _pieces(reply.finish(), parts)
         finally:
-            if reply.length:
-                self.messages += [{"role": "user", "content": text}, reply.message()]
+            if began:
+                self.messages += [{"role": "user", "content": text}, _message(parts)]
 
 
-class Reply:
-    """Tokens of one reply, told apart into reasoning and answer by the thinking tokens.
+def _pieces(events: Iterable[Event], parts: ReplyParts) -> Iterator[Piece]:
+    """The pieces of a reply without tools, each noted in `parts` as it is handed out."""
+    for event in events:
+        if isinstance(event, Reasoning | Content):
+            parts.add([event])
+            yield Piece(event.text, isinstance(event, Reasoning))
 
-    length: tokens so far. The line breaks behind a thinking token belong to neither text.
-    """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], ends: Collection[int], thinking: bool) -> None:
-        self._streams = {side: TextStream(tokenizer, stop, ends) for side in (True, False)}
-        self._begin, self._end = tokenizer.specials.get(THINK), tokenizer.specials.get(END_THINK)
-        self._thinking, self._after_token = thinking, False
-        self._text = {True: "", False: ""}
-        self.length = 0
-
-    def push(self, token_id: int) -> Iterator[Piece]:
-        self.length += 1
-        if self._thinking and token_id == self._end:
-            yield from self.finish()
-            self._thinking, self._after_token = False, True
-        elif self.length == 1 and token_id == self._begin:
-            self._thinking = self._after_token = True
-        else:
-            yield from self._piece(self._streams[self._thinking].push(token_id))
-
-    def finish(self) -> Iterator[Piece]:
-        yield from self._piece(self._streams[self._thinking].finish())
-
-    def _piece(self, text: str) -> Iterator[Piece]:
-        if self._after_token:
-            text = text.lstrip("\n")
-        if text:
-            self._after_token = False
-            self._text[self._thinking] += text
-            yield Piece(text, self._thinking)
-
-    def message(self) -> dict[str, str]:
-        """The reply as a message of the conversation."""
-        message = {"role": "assistant", "content": self._text[False]}
-        return message | ({"reasoning_content": self._text[True]} if self._text[True] else {})
+def _message(parts: ReplyParts) -> dict[str, str]:
+    """A reply as a message of the conversation."""
+    message = {"role": "assistant", "content": parts.content}
+    return message | ({"reasoning_content": parts.reasoning} if parts.reasoning else {})

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_model import CONFIG, CONTEXT, GREEDY, TOKENIZER, ending_at, fails, load, prints, save
 
 from dsv3 import backends, chat
-from dsv3.conversation import Conversation, Reply, choose_format
+from dsv3.conversation import Conversation, choose_format
 from dsv3.core import special_tokens as family
 from dsv3.core.checkpoint import save_pretrained
 from dsv3.core.encoding import encode_chat
@@ -87,17 +87,6 @@ def test_a_reply_ends_with_the_end_of_sentence_which_does_not_show(in_config, tm
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
     out = prints(capsys, "chat", tmp_path / "model", "--temperature", 0)
     assert out.rstrip("\n") == text.rstrip("\n")
-
-
-def test_reasoning_is_told_apart_by_the_thinking_tokens_and_not_by_text():
-    end = TOKENIZER.special_id(family.END_THINK)
-    reply = Reply(TOKENIZER, (), (TOKENIZER.eos_id,), thinking=True)
-    tokens = [*TOKENIZER.encode("so </think> is\n"), end, *TOKENIZER.encode("\n\ncat\n"), TOKENIZER.eos_id]
-    pieces = [piece for token in tokens for piece in reply.push(token)]
-    pieces += reply.finish()
-    assert "".join(piece.text for piece in pieces if piece.reasoning) == "so </think> is\n"
-    assert "".join(piece.text for piece in pieces if not piece.reasoning) == "cat\n"
-    assert reply.message() == {"role": "assistant", "content": "cat\n", "reasoning_content": "so </think> is\n"}
 
 
 class Script:
@@ -184,3 +173,13 @@ def test_what_an_r1_model_thinks_stands_apart_and_is_not_repeated_to_it():
     out = io.StringIO()
     chat.answer_lines(Conversation(Script(thought), TOKENIZER, "r1", GREEDY), ["one"], out)
     assert out.getvalue() == "<think>\nhmm\n</think>\n\nmat\n"
+
+
+def test_reasoning_is_told_apart_by_the_thinking_tokens_and_not_by_text():
+    said = [*tokens("so </think> is\n", family.END_THINK), *tokens("\n\ncat\n", family.EOS)]
+    conversation = Conversation(Script(said), TOKENIZER, "r1", GREEDY)
+    pieces = list(conversation.ask("one"))
+    assert "".join(piece.text for piece in pieces if piece.reasoning) == "so </think> is\n"
+    assert "".join(piece.text for piece in pieces if not piece.reasoning) == "cat\n"
+    message = {"role": "assistant", "content": "cat\n", "reasoning_content": "so </think> is\n"}
+    assert conversation.messages == [{"role": "user", "content": "one"}, message]
