@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from .core.config import ModelConfig
     from .core.encoding import encode_chat
     from .core.model import DeepseekV3
+    from .core.sampling_params import SamplingParams
     from .core.tokenizer import Tokenizer
     from .errors import UserError
+    from .serving.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["DeepseekV3", "ModelConfig", "Tokenizer", "UserError", "encode_chat", "use_backend"]
+__all__ = ["LLM", "DeepseekV3", "ModelConfig", "SamplingParams", "Tokenizer", "UserError", "encode_chat", "use_backend"]
 
 _HOME = {
+    "LLM": "serving.llm",
     "DeepseekV3": "core.model",
     "ModelConfig": "core.config",
+    "SamplingParams": "core.sampling_params",
     "Tokenizer": "core.tokenizer",
     "UserError": "errors",
     "encode_chat": "core.encoding",
@@ -30,7 +34,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dsv3' has no attribute {name!r}")
-    if name == "DeepseekV3":
+    if name in ("DeepseekV3", "LLM"):
         # Core knows no backend. Without this, a model used before any backend is chosen would run specifications.
         import_module(".backends.cpu", __name__)
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

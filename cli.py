@@ -202,6 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _engine_rollout(*args: Any) -> Any:
+    """Everything that generates on the command line does so on the serving engine."""
+    return import_module(".serving.rollout", __package__).EngineRollout(*args)
+
+
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -210,5 +215,6 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help(sys.stderr)
         return 2
     import_module(".backends", __package__)  # so that `activate_backend` knows them: the wings below do not
+    import_module(".core.generate", __package__).maker = _engine_rollout
     module, function = args.run.split(":")
     return getattr(import_module(f".{module}", __package__), function)(args) or 0

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import talk
-from .core.generate import Completion, SamplingParams, SimpleRollout
+from .core.generate import Completion, Rollout, SamplingParams
 from .core.text_stream import TextStream
 from .errors import UserError
 
@@ -59,7 +59,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _pieces(
-    rollout: SimpleRollout,
+    rollout: Rollout,
     prompt: list[int],
     each: list[SamplingParams],
     texts: list[TextStream],

@@ -19,7 +19,7 @@ import torch
 
 from .backends import activate, first_line
 from .core.config import ModelConfig
-from .core.generate import SamplingParams, SimpleRollout
+from .core.generate import Rollout, SamplingParams, make_rollout
 from .core.model import DeepseekV3
 from .core.presets import PRESETS
 from .core.tokenizer import Tokenizer
@@ -38,12 +38,12 @@ class Source:
     config: ModelConfig
     tokenizer: Tokenizer
 
-    def load(self, args: argparse.Namespace) -> SimpleRollout:
+    def load(self, args: argparse.Namespace) -> Rollout:
         """Activate the backend and read the weights, as --backend, --dtype and --fp8 say."""
         device = activate(args.backend).device
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         model = DeepseekV3.from_pretrained(self.directory, device=device, dtype=dtype, fp8=args.fp8)
-        return SimpleRollout(model, decode=partial(self.tokenizer.decode, skip_special=True))
+        return make_rollout(model, decode=partial(self.tokenizer.decode, skip_special=True))
 
     def end_tokens(self, *names: str) -> frozenset[int]:
         """Ids that end a text: the configuration's, the tokenizer's end of sentence, and the control tokens `names`."""

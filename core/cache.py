@@ -134,7 +134,7 @@ class PagedStep:
     total, longest: sum and maximum of lens; upper bounds will do where absorbed.
     """
 
-    parts = None
+    parts: "list[Part] | None" = None
 
     def __init__(
         self,
@@ -192,7 +192,8 @@ class MixedStep:
     absorbed = False
 
     def __init__(self, cache: PagedCache, slots: Tensor, parts: list[Part]):
-        self.cache, self.slots, self.parts = cache, slots, parts
+        self.cache, self.slots = cache, slots
+        self.parts: list[Part] | None = parts
         self.batch = sum(part.cache.batch for part in parts)
         self.longest = max(part.cache.longest for part in parts)
 
@@ -213,7 +214,7 @@ class ContiguousCache:
     """
 
     absorbed = True
-    parts = None
+    parts: list[Part] | None = None
 
     def __init__(self, config: ModelConfig, past: Tensor):
         self.config, self.past, self.batch = config, past, past.shape[1]

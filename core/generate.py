@@ -26,9 +26,8 @@ from .cache import PagedCache
 from .model import DeepseekV3
 from .sampling_params import SamplingParams
 from .step import Routing, packed
-from .text_stream import tail
 
-__all__ = ["Completion", "Rollout", "SamplingParams", "SimpleRollout", "Token"]
+__all__ = ["Completion", "Rollout", "SamplingParams", "SimpleRollout", "Token", "make_rollout"]
 
 PREFILL_TOKENS = 4096  # per pass; longer prompts are cut into chunks
 RESERVE = 256  # tokens that a short sequence may grow by before its pages are moved
@@ -67,6 +66,7 @@ class Token:
 class Rollout(Protocol):
     """Prompts in, completions out; weights change between calls and are versioned."""
 
+    model: DeepseekV3
     weight_version: int
 
     def generate(
@@ -76,6 +76,16 @@ class Rollout(Protocol):
         on_token: Callable[[Token], None] | None = None,
         record_experts: bool = False,
     ) -> list[Completion]: ...
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        completions: list[Completion] | None = None,
+        record_experts: bool = False,
+    ) -> Generator[Token, None, None]:
+        """Tokens as they come, of all prompts interleaved. `completions` is filled meanwhile, a step of all of them at
+        a time. Closed early, the rest is given up."""
 
     def weights_changed(self) -> int:
         """Say that the weights were updated; returns the new version, which later completions carry."""
@@ -119,8 +129,6 @@ class SimpleRollout:
         completions: list[Completion] | None = None,
         record_experts: bool = False,
     ) -> Generator[Token, None, None]:
-        """Tokens as they come, of all prompts interleaved; `completions` is filled meanwhile, a step of
-        all of them at a time."""
         chosen = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(chosen) != len(prompts):
             raise UserError(f"sampling: {len(prompts)} prompts with parameters for {len(chosen)}; give one for each")
@@ -130,6 +138,14 @@ class SimpleRollout:
         for tokens in batch.run():
             yield from tokens
         batch.report_experts()
+
+
+def make_rollout(model: DeepseekV3, decode: Callable[[list[int]], str] | None = None) -> Rollout:
+    """What generates with `model` here: the simple implementation, or what `maker` was set to."""
+    return maker(model, decode)
+
+
+maker: Callable[..., Rollout] = SimpleRollout  # the command line puts the serving engine here; this floor knows none
 
 
 class _Batch:
@@ -301,6 +317,17 @@ def _room(prompt: list[int], params: SamplingParams, context: int) -> int:
     if room < 1:
         raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in the context of {context}; shorten it")
     return room if params.max_tokens is None else min(room, params.max_tokens)
+
+
+def tail(decode: Callable[[list[int]], str], tokens: list[int], length: int) -> str:
+    """The text of the last token behind at least `length` characters: what a stop string of that length may end in.
+
+    Decoding everything at every step would cost the square of the length.
+    """
+    window = 4 * length + 4  # a character takes up to four tokens of bytes; a control token leaves no text
+    while window < len(tokens) and len(decode(tokens[-1 - window : -1])) < length:
+        window *= 2
+    return decode(tokens[-1 - window :])
 
 
 def _settings_on(device: torch.device, params: list[SamplingParams], seeds: list[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.generate import SimpleRollout
+from ..core.generate import make_rollout
 from ..core.model import DeepseekV3
 from ..core.tokenizer import Tokenizer
 from .contamination import Overlap
@@ -96,7 +96,7 @@ def evaluate(
     loaded = [load(job) for job in jobs]
     tokenizer = Tokenizer.load(directory)
     model = DeepseekV3.from_pretrained(directory, backend="auto").eval()
-    rollout = SimpleRollout(model, partial(tokenizer.decode, skip_special=True))
+    rollout = make_rollout(model, partial(tokenizer.decode, skip_special=True))
     name = digest([model_digest(directory), None, "keep"])  # the weights as they are: no other precision
     subject = LocalSubject(rollout, tokenizer, directory.name, name, batch)
     about = describe(subject, asked) | ({"machine": machine} if machine else {})

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ..core.completer import Completer, Conversation, LocalCompleter, Reply
 from ..core.encoding import detect_format, encode_chat
-from ..core.generate import SamplingParams, SimpleRollout
+from ..core.generate import Rollout, SamplingParams
 from ..core.special_tokens import THINK
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
@@ -74,7 +74,7 @@ class LocalSubject:
 
     can_continue = True
 
-    def __init__(self, rollout: SimpleRollout, tokenizer: Tokenizer, name: str, digest: str, batch: int = BATCH):
+    def __init__(self, rollout: Rollout, tokenizer: Tokenizer, name: str, digest: str, batch: int = BATCH):
         self.rollout, self.tokenizer, self.name, self.digest, self.batch = rollout, tokenizer, name, digest, batch
         self.likelihood: Likelihood | None = Likelihood(rollout.model)
         self.context: int | None = rollout.model.config.max_position_embeddings

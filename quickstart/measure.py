@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.completer import LocalCompleter, Reply
-from ..core.generate import SamplingParams, SimpleRollout
+from ..core.generate import SamplingParams, make_rollout
 from ..core.model import DeepseekV3
 from ..core.tokenizer import Tokenizer
 from ..grading.answers import exact
@@ -25,7 +25,7 @@ def measure(directory: Path, problems: Sequence[Problem], seed: int) -> dict[str
     """Greedy and at temperature 1: accuracy with its 95 % interval, form, language of the Chinese questions' thoughts,
     tokens of a reply, and some replies."""
     model, tokenizer = DeepseekV3.from_pretrained(directory, backend="auto").eval(), Tokenizer.load(directory)
-    completer = LocalCompleter(SimpleRollout(model), tokenizer, "r1", batch=len(problems))
+    completer = LocalCompleter(make_rollout(model), tokenizer, "r1", batch=len(problems))
     conversations = [[{"role": "user", "content": problem.question}] for problem in problems]
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=seed)
     warm = [replace(greedy, temperature=1.0, seed=seed + i) for i in range(len(problems))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core.generate import SamplingParams, SimpleRollout
+from ..core.generate import SamplingParams, make_rollout
 from ..core.model import DeepseekV3
 from ..core.tokenizer import Tokenizer
 from ..grading.statistics import paired_interval
@@ -107,7 +107,7 @@ def complete(model: DeepseekV3, tokenizer: Tokenizer, config: PretrainConfig) ->
         temperature=0.6, top_p=0.95, seed=config.seed, max_tokens=COMPLETION_TOKENS, stop_token_ids=(tokenizer.eos_id,)
     )
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    completions = SimpleRollout(model).generate(ids, params)
+    completions = make_rollout(model).generate(ids, params)
     texts = [tokenizer.decode(completion.token_ids, skip_special=True) for completion in completions]
     return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 

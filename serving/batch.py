@@ -134,12 +134,13 @@ def build(plan: Plan, rows: Rows, page: int, per_token: bool) -> tuple[StepInput
         sampled[number, : count + 1] = np.arange(end - count - 1, end)
         draft[number, :count] = work.request.draft
     ends = np.array([work.start + work.count - len(work.request.draft) for _, work in sampling], np.int64)
-    arrays = (tokens, positions, slots, row, following)
-    return StepInput(
-        *(torch.from_numpy(array) for array in arrays), groups, *map(torch.from_numpy, (sampled, draft)),
-        torch.from_numpy(owners[[place for place, _ in sampling]] if sampling else np.zeros(0, np.int64)),
-        torch.from_numpy(ends),
-    ), works  # fmt: skip
+    sampled_rows = owners[np.array([place for place, _ in sampling], np.int64)]
+    tensor = torch.from_numpy
+    step = StepInput(
+        tensor(tokens), tensor(positions), tensor(slots), tensor(row), tensor(following), groups, tensor(sampled),
+        tensor(draft), tensor(sampled_rows), tensor(ends),
+    )  # fmt: skip
+    return step, works
 
 
 def _tokens(works: Sequence[Work]) -> tuple[Array, Array]:

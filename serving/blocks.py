@@ -104,6 +104,14 @@ class BlockPool:
                 else:
                     self._kept[block] = None
 
+    def grow(self, num_blocks: int) -> None:
+        """Become `num_blocks` blocks; the new ones are free."""
+        more = range(self.num_blocks, num_blocks)
+        self._holders += [0] * len(more)
+        self._key += [None] * len(more)
+        self._blank = [*reversed(more), *self._blank]
+        self.num_blocks = num_blocks
+
     def forget(self) -> None:
         """Drop all that is known of contents: the weights have changed."""
         self._block_of.clear()

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..core.generate import tail
 from ..core.sampling_params import Guide, SamplingParams
-from ..core.text_stream import tail
 from ..errors import UserError
 from .blocks import BlockPool
 from .cost import CostModel
@@ -36,10 +36,12 @@ class Guides(Protocol):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """context: tokens of the longest text. ends: ids that end a text. prefix_caching: share computed beginnings."""
+    """context: tokens of the longest text. capacity: of a shard of the cache, in tokens, once it has grown to its full
+    size. ends: ids that end a text. prefix_caching: share computed beginnings."""
 
     context: int
     vocab_size: int
+    capacity: int
     ends: frozenset[int] = frozenset()
     prefix_caching: bool = True
     limits: Limits = field(default_factory=Limits)
@@ -91,13 +93,13 @@ class Engine:
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Tokens that the request may have in all."""
-        settings, largest = self.settings, self.scheduler.largest()
+        settings, largest = self.settings, self.settings.capacity
         if not prompt:
             raise RequestRefused("a prompt must hold at least one token (the beginning-of-sentence token will do)")
         if min(prompt) < 0 or max(prompt) >= settings.vocab_size:
-            raise RequestRefused(f"the prompt holds token ids outside the vocabulary of {settings.vocab_size}")
+            raise RequestRefused(f"a prompt holds token ids outside the model's vocabulary of {settings.vocab_size}")
         if any(not 0 <= token < settings.vocab_size for token in params.logit_bias):
-            raise RequestRefused(f"logit_bias names token ids outside the vocabulary of {settings.vocab_size}")
+            raise RequestRefused(f"logit_bias names token ids outside the model's vocabulary of {settings.vocab_size}")
         if len(prompt) >= settings.context:
             raise RequestRefused(
                 f"a prompt of {len(prompt)} tokens leaves no room in the context of {settings.context}; shorten it"

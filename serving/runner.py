@@ -94,7 +94,7 @@ class ModelRunner:
         self.cache = PagedCache(self.config, settings.num_blocks, dtype, self.device)
         self.page_size, self.num_blocks = self.cache.page_size, settings.num_blocks
         pages = self.cache.pages_for(self.config.max_position_embeddings)
-        self.rows = Rows(2 * settings.requests, min(pages, self.num_blocks))
+        self.rows = Rows(2 * settings.requests, pages)
         self.last = torch.zeros(2 * settings.requests, dtype=torch.int64, device=self.device)
         self.ahead = self.device.type != "cpu" and not settings.speculative_tokens
         self.expert_log: Tensor | None = None  # i16 [slots, layers with experts, k], once somebody wants to know
@@ -150,6 +150,14 @@ class ModelRunner:
         if self.expert_log is not None:
             pages = self.expert_log.view(self.num_blocks, -1)
             pages[torch.tensor(targets, device=self.device)] = pages[torch.tensor(sources, device=self.device)]
+
+    def grow(self, num_blocks: int) -> None:
+        """Make the cache larger; what it holds stays where it is."""
+        self.cache.rearrange(num_blocks, {block: block for block in range(self.num_blocks)})
+        if self.expert_log is not None:
+            more = (num_blocks - self.num_blocks) * self.page_size
+            self.expert_log = torch.nn.functional.pad(self.expert_log, (0, 0, 0, 0, 0, more))
+        self.num_blocks = num_blocks
 
     # Drafts -----------------------------------------------------------------------------------------------------------
 

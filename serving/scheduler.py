@@ -70,9 +70,13 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def largest(self) -> int:
-        """Tokens of the longest text that fits at all."""
-        return self.pools[0].num_blocks * self.page
+    @property
+    def starved(self) -> bool:
+        """Would a larger cache let more be done in the next step?"""
+        if any(pool.available <= len(self.running) for pool in self.pools):
+            return True
+        first = len(self.waiting[0].tokens) // self.page + 1 if self.waiting else 0
+        return max(pool.available for pool in self.pools) < first + len(self.running)
 
     # Planning ---------------------------------------------------------------------------------------------------------
 
@@ -105,10 +109,10 @@ class Scheduler:
             if len(request.tokens) - request.computed > 1:
                 seconds, room, least = self._chunk(plan, request, seconds, room, least)
         while self.waiting and room > 0 and (seconds > 0 or least) and len(self.running) < self.limits.running:
-            request = self._admit(plan)
-            if request is None:
+            admitted = self._admit(plan)
+            if admitted is None:
                 return
-            seconds, room, least = self._chunk(plan, request, seconds, room, least)
+            seconds, room, least = self._chunk(plan, admitted, seconds, room, least)
 
     def _chunk(self, plan: Plan, request: Request, seconds: float, room: int, least: int) -> tuple[float, int, int]:
         start, rest = request.computed, len(request.tokens) - request.computed

@@ -81,9 +81,9 @@ def test_packages_of_a_vendor_are_asked_for_only_where_they_exist(extra: str, pl
         assert not requirement.marker.evaluate(environment), text
 
 
-def test_a_plain_install_asks_for_five_portable_packages():
+def test_a_plain_install_asks_for_six_portable_packages():
     names = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
-    assert names == {"torch", "numpy", "safetensors", "tokenizers", "rich"}
+    assert names == {"torch", "numpy", "safetensors", "tokenizers", "rich", "msgspec"}
 
 
 def needed(requirements: list[str]) -> set[str]:

@@ -19,12 +19,19 @@ from dsv3.core.model import DeepseekV3
 from dsv3.core.presets import PRESETS
 from dsv3.core.step import Routing
 from dsv3.errors import UserError
+from dsv3.serving.rollout import EngineRollout
 
 SMALL = PRESETS["dsv3-2m"].replace(vocab_size=50, num_hidden_layers=2, max_position_embeddings=400)
 MODEL = random_model(SMALL, 0)
 SOME = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 PROMPTS = st.lists(st.lists(st.integers(0, 31), min_size=1, max_size=12), min_size=1, max_size=4)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[SimpleRollout, EngineRollout], ids=["simple", "engine"])
+def make(request):
+    """Whatever makes rollouts: both give the same."""
+    return request.param
 
 
 def letters(tokens: list[int]) -> str:
@@ -43,11 +50,11 @@ def plain(model: DeepseekV3, completion: Completion, routing: Routing | None = N
 
 @SOME
 @given(data=st.data(), seed=st.integers(0, 1000), prompts=PROMPTS)
-def test_ragged_prompts_together_give_what_each_gives_alone(data, seed, prompts):
+def test_ragged_prompts_together_give_what_each_gives_alone(make, data, seed, prompts):
     model = random_model(data.draw(configs()), seed)
-    together = SimpleRollout(model).generate(prompts, GREEDY)
+    together = make(model).generate(prompts, GREEDY)
     for prompt, completion in zip(prompts, together, strict=True):
-        [alone] = SimpleRollout(model).generate([prompt], GREEDY)
+        [alone] = make(model).generate([prompt], GREEDY)
         assert completion.token_ids == alone.token_ids and completion.prompt_ids == prompt
         assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
         assert len(completion.token_ids) == 8 and completion.finish_reason == "length"
@@ -55,9 +62,9 @@ def test_ragged_prompts_together_give_what_each_gives_alone(data, seed, prompts)
 
 @SOME
 @given(prompts=PROMPTS, seed=st.integers(-(2**63), 2**63 - 1), lengths=st.lists(st.integers(1, 9), min_size=4))
-def test_a_sampled_text_depends_on_its_seed_and_not_on_its_neighbours(prompts, seed, lengths):
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_neighbours(make, prompts, seed, lengths):
     params = [SamplingParams(seed=(seed + i) % 2**63, max_tokens=lengths[i]) for i in range(len(prompts))]
-    rollout = SimpleRollout(MODEL)
+    rollout = make(MODEL)
     together = rollout.generate(prompts, params)
     back_to_front = rollout.generate(prompts[::-1], params[::-1])[::-1]
     for i, completion in enumerate(together):
@@ -66,22 +73,22 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_neighbours(prompts, s
         assert completion.seed == params[i].seed and len(completion.token_ids) <= lengths[i]
 
 
-def test_no_prompts_give_no_completions():
-    assert SimpleRollout(MODEL).generate([], GREEDY) == []
+def test_no_prompts_give_no_completions(make):
+    assert make(MODEL).generate([], GREEDY) == []
 
 
 # --- seeds ---
 
 
-def test_other_seeds_give_other_texts():
+def test_other_seeds_give_other_texts(make):
     params = [SamplingParams(seed=seed, max_tokens=10, ignore_eos=True) for seed in range(5)]
-    texts = SimpleRollout(MODEL).generate([[1, 2, 3]] * 5, params)
+    texts = make(MODEL).generate([[1, 2, 3]] * 5, params)
     assert len({tuple(completion.token_ids) for completion in texts}) == 5
 
 
-def test_a_seed_that_is_drawn_is_reported_and_gives_the_text_again():
+def test_a_seed_that_is_drawn_is_reported_and_gives_the_text_again(make):
     params = SamplingParams(max_tokens=10)
-    rollout = SimpleRollout(MODEL)
+    rollout = make(MODEL)
     drawn = rollout.generate([[1, 2, 3]] * 3, params)
     assert len({completion.seed for completion in drawn}) == 3
     for completion in drawn:
@@ -89,12 +96,12 @@ def test_a_seed_that_is_drawn_is_reported_and_gives_the_text_again():
         assert again.token_ids == completion.token_ids
 
 
-def test_drawn_seeds_do_not_come_from_torchs_generator_and_leave_it_alone():
+def test_drawn_seeds_do_not_come_from_torchs_generator_and_leave_it_alone(make):
     """It starts every process with the same number: all ranks and all restarts would say the same."""
     seeds = []
     for _ in range(2):
         torch.manual_seed(0)
-        seeds.append(SimpleRollout(MODEL).generate([[1]], SamplingParams(max_tokens=1))[0].seed)
+        seeds.append(make(MODEL).generate([[1]], SamplingParams(max_tokens=1))[0].seed)
         after = torch.rand(())
     assert seeds[0] != seeds[1]
     torch.manual_seed(0)
@@ -106,20 +113,20 @@ def test_drawn_seeds_do_not_come_from_torchs_generator_and_leave_it_alone():
 
 @SOME
 @given(data=st.data(), seed=st.integers(0, 1000), prompts=PROMPTS, temperature=st.sampled_from([0.0, 0.7, 1.5]))
-def test_logprobs_are_those_of_the_model_itself_whatever_the_filters(data, seed, prompts, temperature):
+def test_logprobs_are_those_of_the_model_itself_whatever_the_filters(make, data, seed, prompts, temperature):
     model = random_model(data.draw(configs()), seed)
     params = SamplingParams(temperature=temperature, top_k=5, top_p=0.9, min_p=0.01, seed=seed, max_tokens=6)
-    for completion in SimpleRollout(model).generate(prompts, params):
+    for completion in make(model).generate(prompts, params):
         want = plain(model, completion).log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])
         torch.testing.assert_close(torch.tensor(completion.logprobs), want[:, 0], rtol=1e-3, atol=1e-3)
 
 
 @SOME
 @given(data=st.data(), seed=st.integers(0, 1000), prompts=PROMPTS)
-def test_recorded_experts_are_those_of_a_forward_pass_and_replay_its_logits(data, seed, prompts):
+def test_recorded_experts_are_those_of_a_forward_pass_and_replay_its_logits(make, data, seed, prompts):
     config = data.draw(configs())
     model, layers = random_model(config, seed), [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-    for completion in SimpleRollout(model).generate(prompts, GREEDY, record_experts=True):
+    for completion in make(model).generate(prompts, GREEDY, record_experts=True):
         log = Routing()
         want = plain(model, completion, log)
         if not layers:
@@ -132,8 +139,8 @@ def test_recorded_experts_are_those_of_a_forward_pass_and_replay_its_logits(data
         assert torch.equal(plain(model, completion, replay), want)
 
 
-def test_recorded_experts_can_be_trained_on():
-    [completion] = SimpleRollout(MODEL).generate([[1, 2]], GREEDY, record_experts=True)
+def test_recorded_experts_can_be_trained_on(make):
+    [completion] = make(MODEL).generate([[1, 2]], GREEDY, record_experts=True)
     replay = dict(enumerate(completion.experts.unbind(1), SMALL.first_k_dense_replace))
     ids = torch.tensor([completion.prompt_ids + completion.token_ids[:-1]])
     MODEL(ids, routing=Routing(replay=replay)).logits.square().mean().backward()
@@ -141,13 +148,13 @@ def test_recorded_experts_can_be_trained_on():
     MODEL.zero_grad()
 
 
-def test_experts_are_not_recorded_unless_asked_for():
-    assert SimpleRollout(MODEL).generate([[1]], GREEDY)[0].experts is None
+def test_experts_are_not_recorded_unless_asked_for(make):
+    assert make(MODEL).generate([[1]], GREEDY)[0].experts is None
 
 
-def test_a_completion_carries_the_version_of_the_weights_that_made_it():
+def test_a_completion_carries_the_version_of_the_weights_that_made_it(make):
     model = random_model(SMALL, 0)
-    rollout: Rollout = SimpleRollout(model)
+    rollout: Rollout = make(model)
     before = rollout.generate([[1, 2]], GREEDY)[0]
     weights = random_model(SMALL, 1).state_dict()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -155,7 +162,7 @@ def test_a_completion_carries_the_version_of_the_weights_that_made_it():
     assert rollout.weights_changed() == 1
     after = rollout.generate([[1, 2]], GREEDY)[0]
     assert (before.weight_version, after.weight_version) == (0, 1)
-    assert after.token_ids == SimpleRollout(random_model(SMALL, 1)).generate([[1, 2]], GREEDY)[0].token_ids
+    assert after.token_ids == make(random_model(SMALL, 1)).generate([[1, 2]], GREEDY)[0].token_ids
 
 
 # --- streams ---
@@ -163,9 +170,9 @@ def test_a_completion_carries_the_version_of_the_weights_that_made_it():
 
 @SOME
 @given(prompts=PROMPTS)
-def test_the_stream_is_the_completions_token_by_token(prompts):
+def test_the_stream_is_the_completions_token_by_token(make, prompts):
     seen: list[Token] = []
-    completions = SimpleRollout(MODEL).generate(prompts, replace(GREEDY, max_tokens=4), on_token=seen.append)
+    completions = make(MODEL).generate(prompts, replace(GREEDY, max_tokens=4), on_token=seen.append)
     for i, completion in enumerate(completions):
         mine = [token for token in seen if token.index == i]
         assert [token.token_id for token in mine] == completion.token_ids
@@ -173,20 +180,20 @@ def test_the_stream_is_the_completions_token_by_token(prompts):
         assert [token.finish_reason for token in mine] == [None] * 3 + ["length"]
 
 
-def test_who_reads_a_stream_may_train_between_its_tokens():
+def test_who_reads_a_stream_may_train_between_its_tokens(make):
     weight = torch.nn.Parameter(torch.ones(2))
-    for _ in SimpleRollout(MODEL).stream([[1, 2]], replace(GREEDY, max_tokens=3)):
+    for _ in make(MODEL).stream([[1, 2]], replace(GREEDY, max_tokens=3)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         (weight * 2).sum().backward()
-    stream = SimpleRollout(MODEL).stream([[1, 2]], GREEDY)
+    stream = make(MODEL).stream([[1, 2]], GREEDY)
     next(stream)
     stream.close()
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_completions_of_a_stream_grow_while_it_is_read():
+def test_completions_of_a_stream_grow_while_it_is_read(make):
     completions: list[Completion] = []
-    stream = SimpleRollout(MODEL).stream([[1], [2]], GREEDY, completions)
+    stream = make(MODEL).stream([[1], [2]], GREEDY, completions)
     for read in range(1, 6):
         next(stream)
         assert [len(completion.token_ids) for completion in completions] == [(read + 1) // 2] * 2  # whole steps
@@ -206,41 +213,41 @@ def first_new(tokens: list[int]) -> int:
     return next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i])
 
 
-def test_a_stop_token_ends_the_text_and_belongs_to_it():
+def test_a_stop_token_ends_the_text_and_belongs_to_it(make):
     tokens = chosen([3, 4])
     place = first_new(tokens)
-    [completion] = SimpleRollout(MODEL).generate([[3, 4]], replace(GREEDY, stop_token_ids=(tokens[place],)))
+    [completion] = make(MODEL).generate([[3, 4]], replace(GREEDY, stop_token_ids=(tokens[place],)))
     assert completion.token_ids == tokens[: place + 1] and completion.finish_reason == "stop"
     assert len(completion.logprobs) == place + 1
 
 
-def test_the_models_own_end_token_ends_the_text_unless_ignored():
+def test_the_models_own_end_token_ends_the_text_unless_ignored(make):
     tokens = chosen([3, 4])
     place = first_new(tokens)
     model = DeepseekV3(SMALL.replace(eos_token_id=[49, tokens[place]]))
     model.load_state_dict(MODEL.state_dict())
-    [ended] = SimpleRollout(model.eval()).generate([[3, 4]], replace(GREEDY, ignore_eos=False))
+    [ended] = make(model.eval()).generate([[3, 4]], replace(GREEDY, ignore_eos=False))
     assert ended.token_ids == tokens[: place + 1] and ended.finish_reason == "stop"
-    [ignored] = SimpleRollout(model).generate([[3, 4]], GREEDY)
+    [ignored] = make(model).generate([[3, 4]], GREEDY)
     assert ignored.token_ids == tokens and ignored.finish_reason == "length"
 
 
 @SOME
 @given(seed=st.integers(0, 1000), stop=st.text("ABCDEFGHIJ", min_size=1, max_size=3), prompts=PROMPTS)
-def test_a_stop_string_ends_the_text_at_the_token_that_completes_it(seed, stop, prompts):
+def test_a_stop_string_ends_the_text_at_the_token_that_completes_it(make, seed, stop, prompts):
     def decode(tokens: list[int]) -> str:
         """Tokens of many letters, of one, and of none."""
         return "".join("ABCDEFGHIJ"[token % 10] * (token % 3) for token in tokens)
 
     params = SamplingParams(seed=seed, max_tokens=40, stop=(stop, "never"), ignore_eos=True)
-    rollout = SimpleRollout(MODEL, decode)
+    rollout = make(MODEL, decode)
     for completion in rollout.generate(prompts, params):
         text = decode(completion.token_ids)
         assert stop not in decode(completion.token_ids[:-1])
         assert completion.finish_reason == ("stop" if stop in text else "length")
 
 
-def test_looking_for_a_stop_string_takes_no_longer_at_the_end_of_a_long_text():
+def test_looking_for_a_stop_string_takes_no_longer_at_the_end_of_a_long_text(make):
     longest = 0
 
     def decode(tokens: list[int]) -> str:
@@ -249,24 +256,24 @@ def test_looking_for_a_stop_string_takes_no_longer_at_the_end_of_a_long_text():
         return letters(tokens)
 
     params = replace(GREEDY, max_tokens=100, stop=("never",))
-    SimpleRollout(MODEL, decode).generate([[1]], params)
+    make(MODEL, decode).generate([[1]], params)
     assert longest < 40
 
 
-def test_sequences_that_end_early_leave_the_others_alone():
+def test_sequences_that_end_early_leave_the_others_alone(make):
     prompts = [[1, 2, 3], [4], [5, 6], [7]]
     params = [replace(GREEDY, max_tokens=count) for count in (9, 1, 5, 2)]
-    for completion, prompt, one in zip(SimpleRollout(MODEL).generate(prompts, params), prompts, params, strict=True):
+    for completion, prompt, one in zip(make(MODEL).generate(prompts, params), prompts, params, strict=True):
         assert completion.token_ids == chosen(prompt, one.max_tokens)
 
 
-def test_the_context_is_filled_to_its_last_place_and_not_beyond():
-    [completion] = SimpleRollout(MODEL).generate([[1] * 397], replace(GREEDY, max_tokens=None))
+def test_the_context_is_filled_to_its_last_place_and_not_beyond(make):
+    [completion] = make(MODEL).generate([[1] * 397], replace(GREEDY, max_tokens=None))
     assert len(completion.token_ids) == 3 and completion.finish_reason == "length"
-    [completion] = SimpleRollout(MODEL).generate([[1] * 399], replace(GREEDY, max_tokens=7))
+    [completion] = make(MODEL).generate([[1] * 399], replace(GREEDY, max_tokens=7))
     assert len(completion.token_ids) == 1
     with pytest.raises(UserError, match="a prompt of 400 tokens leaves no room in the context of 400; shorten it"):
-        SimpleRollout(MODEL).generate([[1] * 400], GREEDY)
+        make(MODEL).generate([[1] * 400], GREEDY)
 
 
 # --- memory ---
@@ -341,8 +348,8 @@ def test_moving_pages_changes_no_token_and_drops_those_of_the_finished(watched, 
     assert watched.sizes == [4, 3, 4, 4]
 
 
-def test_an_empty_prompt_an_unknown_token_and_parameters_for_others_are_refused():
-    rollout = SimpleRollout(MODEL)
+def test_an_empty_prompt_an_unknown_token_and_parameters_for_others_are_refused(make):
+    rollout = make(MODEL)
     with pytest.raises(UserError, match="a prompt must hold at least one token"):
         rollout.generate([[1], []], GREEDY)
     for token in (-1, 50):
@@ -376,9 +383,9 @@ def test_wrong_parameters_are_named(wrong, says):
         SamplingParams(**wrong)
 
 
-def test_more_candidates_than_a_32_bit_number_counts_are_all_of_them():
+def test_more_candidates_than_a_32_bit_number_counts_are_all_of_them(make):
     params = replace(GREEDY, temperature=1.0, seed=1)
-    everything, huge = (SimpleRollout(MODEL).generate([[1]], replace(params, top_k=k))[0] for k in (0, 10**12))
+    everything, huge = (make(MODEL).generate([[1]], replace(params, top_k=k))[0] for k in (0, 10**12))
     assert everything.token_ids == huge.token_ids
 
 

@@ -20,7 +20,7 @@ def engine(
     blocks: int = 12, limits: Limits | None = None, context: int = 64, cost: CostModel | None = None, **of_runner
 ) -> Engine:
     runner = FakeRunner(blocks, PAGE, **of_runner)
-    chosen = EngineSettings(context, 50, limits=limits or Limits(), cost=cost or CostModel())
+    chosen = EngineSettings(context, 50, blocks * PAGE, limits=limits or Limits(), cost=cost or CostModel())
     return Engine(runner, chosen)
 
 
@@ -60,7 +60,9 @@ class Traffic(RuleBasedStateMachine):
     def start(self, blocks, running, tokens, speculative, ahead, shards, caching):
         self.runner = FakeRunner(blocks, PAGE, 0 if ahead else speculative, ahead, shards)
         limits = Limits(running, tokens, 0.01)
-        chosen = EngineSettings(40, 50, prefix_caching=caching, limits=limits, cost=CostModel(token=1e-3, context=1e-5))
+        chosen = EngineSettings(
+            40, 50, blocks * PAGE, prefix_caching=caching, limits=limits, cost=CostModel(token=1e-3, context=1e-5)
+        )
         self.engine = Engine(self.runner, chosen)
         self.asked: dict[int, tuple[list[int], int, int]] = {}
         self.got: dict[int, list[int]] = {}
@@ -83,9 +85,9 @@ class Traffic(RuleBasedStateMachine):
             try:
                 add(self.engine, self.count, prompt, max_tokens, seed, salt)
             except RequestRefused:
-                assert len(prompt) >= self.engine.scheduler.largest()
+                assert len(prompt) >= self.engine.settings.capacity
                 continue
-            room = min(40, self.engine.scheduler.largest()) - len(prompt)
+            room = min(40, self.engine.settings.capacity) - len(prompt)
             self.asked[self.count] = (prompt, seed, min(max_tokens, room))
             self.got[self.count] = []
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from ...core.sampling_params import SamplingParams
+from ..verify import decide
 from .chat_reply import ChatReply
 from .conversation import ChatPrompt, chat_prompt, chosen_tools, offered_tools
 from .counting import usage
@@ -18,7 +19,6 @@ from .responses import ChatChunk, ChatCompletion, ChunkChoice, Usage
 from .sampling import sampling_params, with_seed
 from .service import Service
 from .validation import decode
-from .verify import decide
 
 
 async def create_chat(call: Call) -> None:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from ..verify import Verification
+
 FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
 
 
@@ -108,15 +110,6 @@ class ChunkChoice(Struct):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     seed: int | UnsetType = UNSET
-
-
-class Verification(Struct):
-    """How the returned answer was decided. agreement: the share of the samples that gave it. votes: samples per answer,
-    as the first that gave it wrote it."""
-
-    samples: int
-    agreement: float
-    votes: dict[str, int]
 
 
 class ChatCompletion(Struct):

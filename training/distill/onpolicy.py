@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...core.encoding import detect_format
-from ...core.generate import Completion, SamplingParams, SimpleRollout
+from ...core.generate import Completion, SamplingParams, make_rollout
 from ...core.step import Routing
 from ...errors import UserError
 from ...parallel.data import DataParallel
@@ -68,7 +68,7 @@ class OnPolicyRun(TrainingRun):
         timeline = Timeline(BatchSection(sequences=1, micro_batch=1), 1, config.length)
         self.total_steps, self.lr = timeline.total_steps, LearningRate(config.optim, timeline)
         self.gamma_ends = timeline.first_step_at(config.balance.gamma_until)
-        self.rollout = SimpleRollout(model, decode=partial(tokenizer.decode, skip_special=True))
+        self.rollout = make_rollout(model, decode=partial(tokenizer.decode, skip_special=True))
         self.seconds_per_step = 0.0
         self._order: tuple[int, list[int]] | None = None
 

@@ -13,7 +13,7 @@ from ...core.completer import Completer, Conversation, LocalCompleter, Reply, sp
 from ...core.encoding import detect_format
 from ...core.endpoint import Endpoint
 from ...core.files import atomic_write
-from ...core.generate import Completion, Rollout, SimpleRollout
+from ...core.generate import Completion, Rollout, make_rollout
 from ...core.model import DeepseekV3
 from ...core.tokenizer import Tokenizer
 from ...errors import UserError
@@ -63,7 +63,7 @@ def open_completer(
 
 def completer_of(model: DeepseekV3, tokenizer: Tokenizer, section: TeacherSection) -> tuple[Completer, tuple[int, ...]]:
     """A model in memory as a completer; see `open_completer`."""
-    rollout = SimpleRollout(model, decode=partial(tokenizer.decode, skip_special=True))
+    rollout = make_rollout(model, decode=partial(tokenizer.decode, skip_special=True))
     name = section.model
     if section.format == PLAIN_TEMPLATE:
         plain = PlainCompleter(rollout, tokenizer, name, section.batch)

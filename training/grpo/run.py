@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core.encoding import detect_format
 from ...core.files import atomic_write
-from ...core.generate import SamplingParams, SimpleRollout
+from ...core.generate import SamplingParams, make_rollout
 from ...core.model import DeepseekV3
 from ...core.tokenizer import Tokenizer
 from ...errors import UserError
@@ -86,7 +86,7 @@ class GrpoRun(TrainingRun):
         self.gamma_ends = timeline.first_step_at(config.balance.gamma_until)
         self.longer = [(timeline.first_step_at(longer.at), longer.max_tokens) for longer in config.rollout.longer]
         environment = make_environment(config)
-        self.rollout = SimpleRollout(model)
+        self.rollout = make_rollout(model)
         self.rollouts = Rollouts(
             self.rollout, format, context, config.rollout.tokens_at_once, environment,
             1 if environment is SingleTurn else config.environment.max_turns, config.replay == "rollout",

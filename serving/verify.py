@@ -6,8 +6,18 @@ where answers are short and can be compared: sums, choices, facts. It says nothi
 
 from collections.abc import Sequence
 
-from ...grading.answers import exact, final_answer
-from .responses import Verification
+from msgspec import Struct
+
+from ..grading.answers import exact, final_answer
+
+
+class Verification(Struct):
+    """How the returned answer was decided. agreement: the share of the samples that gave it. votes: samples per answer,
+    as the first that gave it wrote it."""
+
+    samples: int
+    agreement: float
+    votes: dict[str, int]
 
 
 def decide(replies: Sequence[str]) -> tuple[int, Verification]:

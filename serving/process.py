@@ -1,0 +1,115 @@
+"""The engine's process: reads requests from its socket, steps, and writes what comes of it.
+
+Between two steps it takes what has arrived, so that an abort takes effect within one step. A step that fails costs the
+requests that ran; when steps keep failing, or the other side has gone, the process ends. It shows a sign of life at
+least every `HEARTBEAT` seconds while it is not computing.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+from .engine import Engine
+from .messages import Abort, Add, Close, EngineInfo, FromEngine, Output, Refused, RequestRefused, ToEngine
+from .wire import Wire
+
+HEARTBEAT = 0.5  # seconds
+STATS_EVERY = 0.1  # seconds, at most
+FAILURES = 3  # steps in a row that may fail
+
+logger = logging.getLogger(__name__)
+
+
+def serve(link: socket.socket, make: Callable[[], tuple[Engine, EngineInfo]]) -> int:
+    """Run until told to close; the exit code. `make` loads the model: what it raises is told in one line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the server, which closes this in good order
+    wire: Wire[ToEngine] = Wire(link, ToEngine)  # type: ignore[arg-type]
+    try:
+        engine, info = make()
+    except Exception as error:
+        wire.send(Refused(0, f"{error}"))
+        return 2
+    wire.send(info)
+    return Loop(wire, engine).run()
+
+
+class Loop:
+    def __init__(self, wire: Wire[ToEngine], engine: Engine) -> None:
+        self.wire, self.engine = wire, engine
+        self.closing = self.draining = False
+        self.failures = 0
+        self.next_stats = 0.0
+
+    def run(self) -> int:
+        while not self.closing:
+            if self.draining and self.engine.idle:
+                return 0
+            try:
+                self._hear(0.0 if self._busy() else HEARTBEAT)
+            except (EOFError, ConnectionError):
+                return 1  # nobody is left to work for
+            if not self.engine.idle:
+                try:
+                    self._tell(self.engine.step())
+                    self.failures = 0
+                except (EOFError, ConnectionError):
+                    return 1
+                except Exception:
+                    logger.exception("a step failed")
+                    self.failures += 1
+                    self._tell(self.engine.fail("the engine failed in this step; try again"))
+                    if self.failures >= FAILURES:
+                        return 3
+            self._report()
+        return 0
+
+    def _busy(self) -> bool:
+        """Is there something to compute, or only a guide to wait for?"""
+        scheduler = self.engine.scheduler
+        return not scheduler.idle or self.engine.under_way is not None
+
+    def _hear(self, patience: float) -> None:
+        if not self._busy() and self.engine.compiling:
+            patience = min(patience, 0.002)
+        while select.select([self.wire.link], [], [], patience)[0]:
+            for message in self.wire.read():
+                self._obey(message)
+            patience = 0.0
+
+    def _obey(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            try:
+                self.engine.add(message)
+            except RequestRefused as refused:
+                self.wire.send(Refused(message.id, str(refused)))
+        elif isinstance(message, Abort):
+            self.engine.abort(message.id)
+        elif isinstance(message, Close):
+            self.draining, self.closing = True, not message.drain
+
+    def _tell(self, outputs: list[Output]) -> None:
+        """In one write: a step of 256 requests must not cost 256 calls of the system."""
+        parts: list[bytes] = []
+        for output in outputs:
+            message: FromEngine = output
+            if output.finish == "refused":
+                message = Refused(output.id, output.error or "")
+            parts.append(self.wire.packed(message))
+        if parts:
+            self.wire.link.sendall(b"".join(parts))
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now >= self.next_stats or self.engine.idle:
+            self.next_stats = now + STATS_EVERY
+            self.wire.send(self.engine.stats())
+
+
+def main(descriptor: int, make: Callable[[], tuple[Engine, EngineInfo]]) -> None:
+    """Entry of a child process that was given one end of a socket pair."""
+    code = serve(socket.socket(fileno=descriptor), make)
+    os._exit(code)  # libraries' threads are not waited for
