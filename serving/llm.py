@@ -17,7 +17,7 @@ from ..core.encoding import detect_format, encode_chat, stop_token
 from ..core.generate import Completion, Token
 from ..core.model import DeepseekV3
 from ..core.reply_events import ReplyParts
-from ..core.reply_stream import ReplyStream
+from ..core.reply_stream import ReplyStream, opens_reasoning
 from ..core.sampling_params import SamplingParams
 from ..core.text_stream import TextStream
 from ..core.tokenizer import Tokenizer
@@ -167,20 +167,15 @@ class LLM:
         seeds = [given.seed if given.seed is None else given.seed + i for i in range(verify)]
         each = self._params([replace(given, seed=seed) for seed in seeds], verify, ends)
         completions = self.rollout.generate([prompt for prompt in ids for _ in each], each * len(ids))
-        replies = [self._reply(completion, format, thinking, bool(tools), given, ends) for completion in completions]
+        replies = [self._reply(completion, format, bool(tools), given, ends) for completion in completions]
         groups = [replies[start : start + verify] for start in range(0, len(replies), verify)]
         return [self._voted(group) if verify > 1 else group[0] for group in groups]
 
     def _reply(
-        self,
-        completion: Completion,
-        format: str,
-        thinking: bool,
-        tools: bool,
-        params: SamplingParams,
-        ends: frozenset[int],
+        self, completion: Completion, format: str, tools: bool, params: SamplingParams, ends: frozenset[int]
     ) -> ChatReply:
-        stream = ReplyStream(self.tokenizer, format, format == "r1" or thinking, tools, params.stop, ends)
+        thinks = opens_reasoning(self.tokenizer, completion.prompt_ids)
+        stream = ReplyStream(self.tokenizer, format, thinks, tools, params.stop, ends)
         parts = ReplyParts()
         for token in completion.token_ids:
             parts.add(stream.push(token))
