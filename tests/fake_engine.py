@@ -53,8 +53,8 @@ class FakeEngine:
 
     tokenizer: Tokenizer
     say: Script | Callable[[list[int], SamplingParams], Script]
-    context: int = 256
-    capacity: int = 1024
+    context: int = 1024
+    capacity: int = 4096
     alive: bool = True
     asked: list[Asked] = field(default_factory=list)
 
@@ -113,7 +113,7 @@ class FakeEngine:
         tokens, finish, reason = list(script.tokens), script.finish, script.stop_reason
         if finish == "stop" and reason is None:
             tokens.append(self.tokenizer.eos_id)
-        for length in range(1, len(tokens) + 1):
+        for length in range(1, len(tokens) + 1) if params.stop else ():
             text = self.tokenizer.decode(tokens[:length], skip_special=True)
             found = next((stop for stop in params.stop if stop in text), None)
             if found is not None:

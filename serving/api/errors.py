@@ -61,6 +61,10 @@ class WrongMethod(ApiError):
     status, code = 405, "method_not_allowed"
 
 
+class TooSlow(ApiError):
+    status, code = 408, "request_timeout"
+
+
 class TooLarge(ApiError):
     status, code = 413, "request_too_large"
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .auth import Tenant
-from .errors import ApiError, ClientGone, ServerFault
+from .errors import ApiError, ClientGone, ServerFault, TooSlow
 from .limits import read_body
 from .service import Service
 
@@ -96,7 +96,12 @@ class Post:
         self._service, self._answer = service, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(Headers(scope=scope), receive, self._service.settings.max_body)
+        settings = self._service.settings
+        try:
+            async with asyncio.timeout(settings.slow_sender):
+                body = await read_body(Headers(scope=scope), receive, settings.max_body)
+        except TimeoutError:
+            raise TooSlow("the body did not come in", headers={"Connection": "close"}) from None
         call = Call(self._service, scope["state"]["tenant"], body, scope, receive, send)
         await while_connected(receive, self._answer(call))
 

@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document, made from the structs that decode requests and encode answers."""
 
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ ERRORS = {
     "401": "The key is missing or unknown.",
     "404": "There is no such model.",
     "405": "The path does not take this method.",
+    "408": "The body did not come in.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
     "429": "This key has too many requests under way.",
@@ -50,6 +52,7 @@ class OpenApi:
         return Json(self._document)
 
 
+@cache
 def document(keys: bool, open_metrics: bool) -> dict[str, Any]:
     """keys: are any needed?"""
     structs = [row[2] for row in POSTS.values()] + [row[3] for row in POSTS.values()]

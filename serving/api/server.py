@@ -8,6 +8,7 @@ should start it anew.
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -19,48 +20,59 @@ from .service import Service
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS = 5.0  # seconds for streams to send their last event
-TICK = 0.1  # seconds between two looks at the engine
+LAST_WORDS = 5  # seconds for streams to send their last event
+TICK = 0.1  # seconds between two looks at the engine, and at what still runs
 
 
-def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000, drain: float = 30.0) -> int:
+def serve(
+    app: Starlette,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    drain: float = 30.0,
+    listening: Callable[[str], None] = logger.info,
+) -> int:
     """Serve an application of `create_app` until a signal comes or the engine dies; the exit code.
 
-    port: 0 takes a free one; the log names it. Raises UserError if it cannot be had.
+    port: 0 takes a free one. listening: hears the URL as soon as requests are taken. To be called on the main thread,
+    which gets the signals. Raises UserError if the port cannot be had.
     """
-    try:
-        listener = socket.create_server((host, port), family=_family(host), backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); choose another with --port") from None
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_level="info",
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=int(LAST_WORDS),
-    )
-    server = Server(config, app.state.service, drain)
-    shown = f"[{host}]" if ":" in host else host
-    logger.info("serving on http://%s:%d", shown, listener.getsockname()[1])
+    listener = listen(host, port)
+    server = Server(app, drain)
+    name, number = listener.getsockname()[:2]
+    listening(f"http://{f'[{name}]' if ':' in name else name}:{number}")
     server.run([listener])
     return 1 if server.engine_died else 0
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another one") from None
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, that goes on listening while it drains. engine_died: why it ended."""
+    """uvicorn's server, which goes on listening while it drains. engine_died: why it ended."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
+    def __init__(self, app: Starlette, drain: float) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=LAST_WORDS,
+        )
         super().__init__(config)
-        self._service, self._drain = service, drain
+        self._service: Service = app.state.service
+        self._drain = drain
         self.engine_died = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal. uvicorn would raise it again at the end, and so end the process with its code."""
         if self._service.gate.draining:
             self.should_exit = self.force_exit = True
         self._service.gate.draining = True

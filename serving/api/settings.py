@@ -23,8 +23,9 @@ class Settings:
     max_body: bytes of a request. max_prompts: of one request. max_queued: requests that wait for their first token;
     max_queued_tokens: of their prompts. max_per_key: requests under way at a time for one key.
     retry_after: seconds, told with a refusal. timeout: seconds that a request may take, waiting included.
-    keep_alive: seconds without news after which a stream says that it lives. slow_reader: seconds that a client may
-    take to make room for what it is sent. buffered: outputs kept for a client that reads slowly.
+    slow_sender: seconds that a body may take to come in. slow_reader: seconds that a client may take to make room for
+    what it is sent. keep_alive: seconds without news after which a stream says that it lives.
+    buffered: outputs kept for a client that reads slowly.
     long_text: characters from which tokens are counted on another thread. max_guide: bytes of a grammar or schema.
     max_verify: samples that one request with `verify` may draw.
     """
@@ -47,6 +48,7 @@ class Settings:
     retry_after: int = 2
     timeout: float | None = 1800.0
     keep_alive: float = 10.0
+    slow_sender: float = 60.0
     slow_reader: float = 30.0
     buffered: int = 1024
     long_text: int = 16_384
@@ -54,7 +56,15 @@ class Settings:
     max_verify: int = 32
 
     def __post_init__(self) -> None:
-        positive = ("max_body", "max_prompts", "max_queued", "max_queued_tokens", "keep_alive", "slow_reader")
+        positive = (
+            "max_body",
+            "max_prompts",
+            "max_queued",
+            "max_queued_tokens",
+            "keep_alive",
+            "slow_sender",
+            "slow_reader",
+        )
         checks = [
             (bool(self.models) and all(self.models), "the model needs a name"),
             (self.format is None or self.format in FORMATS, "the chat format is unknown"),
