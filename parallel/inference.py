@@ -44,7 +44,6 @@ def spread(model: DeepseekV3, mesh: Mesh) -> DeepseekV3:
             cut_module(module, name, share)
         if isinstance(module, MLA) and mesh.tp > 1:
             module.config = share.attention_config
-            module.refresh()
             sum_behind(module, mesh.tp_group)
         elif isinstance(module, MLP) and mesh.tp > 1 and (mesh.dp > 1 or not name.endswith("shared_experts")):
             sum_behind(module, mesh.tp_group)

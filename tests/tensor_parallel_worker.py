@@ -18,6 +18,7 @@ from dsv3.core.config import ModelConfig
 from dsv3.core.model import DeepseekV3
 from dsv3.core.moe import MoE
 from dsv3.errors import UserError
+from dsv3.ops.capture import capture
 from dsv3.ops.collectives import all_gather, all_reduce
 from dsv3.parallel.channel import FIRST, Channel, PeerLost
 from dsv3.parallel.inference import exchange_within, idle, load_spread, spread
@@ -177,6 +178,17 @@ def groups_of_two_with_tokens_of_their_own(rank: int, folder: str) -> None:
                 idle(part)
             else:
                 close(part(tokens).logits, whole(tokens).logits)
+
+
+@of(OF_FOUR)
+def a_step_within_a_bound_can_be_captured(rank: int, folder: str) -> None:
+    mesh = Mesh.over_world(tp=2, dp=2)
+    whole, part = pair(V3, mesh)
+    exchange_within(part, 6)
+    step = capture(lambda tokens: part(tokens).logits, tokens_of(V3, 1, 2, 3))
+    for seed in (2, 3):
+        tokens = tokens_of(V3, seed + 10 * mesh.dp_rank, 2, 3)
+        close(step.replay(tokens), whole(tokens).logits.detach())
 
 
 @of(OF_FOUR)
