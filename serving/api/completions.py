@@ -60,7 +60,7 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
             raise BadRequest(text, "prompt", "invalid_value")
         if request.suffix:
             return [await _gap(service, request, texts, request.suffix)]
-        return [await text_ids(service, text, request.add_special_tokens, request.parse_special) for text in texts]
+        return await text_ids(service, texts, request.add_special_tokens, request.parse_special)
     if request.suffix:
         raise BadRequest("suffix goes with one prompt, of text", "suffix", "invalid_value")
     numbers = [prompt for prompt in given if isinstance(prompt, int)]
@@ -74,23 +74,24 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
     return prompts
 
 
-async def text_ids(service: Service, text: str, add_special: bool | None, parse_special: bool | None) -> list[int]:
-    """Ids of a prompt of text, behind the begin token unless add_special is false."""
+async def text_ids(
+    service: Service, texts: list[str], add_special: bool | None, parse_special: bool | None
+) -> list[list[int]]:
+    """Ids of prompts of text, behind the begin token unless add_special is false."""
     tokenizer = service.tokenizer
-    segments: list[Segment] = tokenizer.segments(text) if parse_special else [text]
-    ids = await service.encode(segments)
-    if add_special is not False:
-        ids = [tokenizer.bos_id, *ids]
-    if not ids:
+    segments: list[list[Segment]] = [tokenizer.segments(text) if parse_special else [text] for text in texts]
+    begin = [tokenizer.bos_id] if add_special is not False else []
+    prompts = [begin + ids for ids in await service.encode(*segments)]
+    if not all(prompts):
         raise BadRequest("the prompt has no tokens", "prompt", "invalid_value")
-    return ids
+    return prompts
 
 
 async def _gap(service: Service, request: CompletionRequest, texts: list[str], suffix: str) -> list[int]:
     if len(texts) != 1 or request.echo:
         raise BadRequest("suffix goes with one prompt, of text, and not with echo", "suffix", "invalid_value")
     try:
-        ids = await service.encode(encode_fim(texts[0], suffix))
+        (ids,) = await service.encode(encode_fim(texts[0], suffix))
     except UserError:
         raise BadRequest("this model cannot fill gaps", "suffix", "unsupported_parameter") from None
     return [service.tokenizer.bos_id, *ids]

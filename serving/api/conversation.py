@@ -9,10 +9,13 @@ import msgspec
 from ...core.encoding import encode_chat
 from ...core.reply_splitter import MARKUP
 from ...core.reply_stream import opens_reasoning
+from ...core.special_tokens import Segment
 from ...errors import UserError
 from .errors import BadRequest
 from .protocol import ChatMessage, ChatRequest, ChatTool, TokenizeRequest
 from .service import Service
+
+TURN = 64  # characters that a message costs besides its text
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,20 @@ async def chat_prompt(
         raise BadRequest(text, "add_generation_prompt", "invalid_value")
     if any(message.prefix for message in messages[:-1]) or (messages[-1].prefix and messages[-1].role != "assistant"):
         raise BadRequest("only a last message of the assistant can be a prefix", "messages", "invalid_value")
+    turns = [_message(index, message) for index, message in enumerate(messages)]
+    thinking = _thinking(service, request, format)
+    declared = [msgspec.to_builtins(tool) for tool in tools] or None
+
+    def segments() -> list[Segment]:
+        return encode_chat(turns, format, declared, thinking, generate is not False, goes_on)
+
     try:
-        segments = encode_chat(
-            [_message(index, message) for index, message in enumerate(messages)],
-            format,
-            tools=[msgspec.to_builtins(tool) for tool in tools] or None,
-            thinking=_thinking(service, request, format),
-            add_generation_prompt=generate is not False,
-            continue_final_message=goes_on,
-        )
+        if sum(len(turn["content"]) + TURN for turn in turns) <= service.settings.long_text:
+            ids = service.tokenizer.encode_segments(segments())
+        else:
+            ids = await service.aside(lambda: service.encode_long(segments()))
     except UserError as error:
         raise BadRequest(str(error), "messages", "invalid_value") from None
-    ids = await service.encode(segments)
     return ChatPrompt(ids, opens_reasoning(service.tokenizer, ids))
 
 

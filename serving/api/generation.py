@@ -42,15 +42,15 @@ class Generation:
         self._arrived: asyncio.Queue[tuple[int, Output] | ApiError] = asyncio.Queue(service.settings.buffered)
         self._next: tuple[int, Output] | None = None
         self._left = len(jobs)
+        self._tickets: list[Ticket] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Generation":
         service = self._service
         if not service.client.alive:
             raise Unavailable("the engine is gone; ask another server", code="engine_dead")
-        tickets = service.gate.enter(self._tenant, [len(job.prompt) for job in self._jobs])
-        for index, ticket in enumerate(tickets):
-            self._pumps.append(asyncio.create_task(self._pump(index, ticket)))
+        self._tickets = service.gate.enter(self._tenant, [len(job.prompt) for job in self._jobs])
+        self._pumps = [asyncio.create_task(self._pump(index)) for index in range(len(self._jobs))]
         service.generations.add(self)
         return self
 
@@ -60,7 +60,11 @@ class Generation:
         self._service.generations.discard(self)
         for pump in self._pumps:
             pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        try:
+            await asyncio.gather(*self._pumps, return_exceptions=True)
+        finally:
+            for ticket in self._tickets:  # a pump that was cancelled before it began has left nothing
+                ticket.leave()
 
     async def first(self) -> None:
         """Wait for the first output, or until it is time for a sign of life. Raises ApiError if it is one."""
@@ -95,9 +99,9 @@ class Generation:
             self._arrived.get_nowait()
         self._arrived.put_nowait(error)
 
-    async def _pump(self, index: int, ticket: Ticket) -> None:
+    async def _pump(self, index: int) -> None:
         """The outputs of one job into the queue, which blocks when the client does not keep up."""
-        service, job = self._service, self._jobs[index]
+        service, job, ticket = self._service, self._jobs[index], self._tickets[index]
         timing = Timing(service.metrics, len(job.prompt), time.monotonic())
         reason = "abort"
         try:

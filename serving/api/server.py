@@ -97,6 +97,9 @@ class Server(uvicorn.Server):
         logger.info("taking no new requests; %d are under way", service.gate.running)
         while service.gate.running and loop.time() < deadline:
             await asyncio.sleep(TICK)
+        why = Unavailable("the server ends and could not wait for this text", code="draining")
+        if self.engine_died:
+            why = Unavailable("the engine is gone; ask another server", code="engine_dead")
         for generation in list(service.generations):
-            generation.fail(Unavailable("the server ends and could not wait for this text", code="draining"))
+            generation.fail(why)
         self.should_exit = True

@@ -2,9 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ...core.encoding import encode_chat, stop_token
 from ...core.special_tokens import Segment, Special
@@ -18,6 +18,8 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .generation import Generation
+
+T = TypeVar("T")
 
 VERSION = metadata.version("dsv3")
 
@@ -51,19 +53,24 @@ class Service:
         if name is not None and name not in self.settings.models:
             raise NotFound("there is no model of this name; GET /v1/models lists them", "model", "model_not_found")
 
-    async def encode(self, segments: Sequence[Segment]) -> list[int]:
-        """Ids of a prompt; a long one is encoded on another thread, where it does not hold up everybody else."""
-        length = sum(len(segment) for segment in segments if isinstance(segment, str))
-        if length <= self.settings.long_text:
-            return self.tokenizer.encode_segments(segments)
-        async with self._long_texts:
-            return await asyncio.to_thread(self._encode, segments)
+    async def encode(self, *prompts: Sequence[Segment]) -> list[list[int]]:
+        """Ids of prompts; long ones are encoded on another thread, where they do not hold up everybody else."""
+        size = sum(len(segment) for prompt in prompts for segment in prompt if isinstance(segment, str))
+        if size <= self.settings.long_text:
+            return [self.tokenizer.encode_segments(prompt) for prompt in prompts]
+        return await self.aside(lambda: [self.encode_long(prompt) for prompt in prompts])
 
-    def _encode(self, segments: Sequence[Segment]) -> list[int]:
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Run `work` on another thread; two at a time, as each takes all cores that it can get."""
+        async with self._long_texts:
+            return await asyncio.to_thread(work)
+
+    def encode_long(self, prompt: Sequence[Segment]) -> list[int]:
+        """As Tokenizer.encode_segments, but in batches of one: only then does the tokenizer let other threads run."""
         ids: list[int] = []
-        for segment in segments:
+        for segment in prompt:
             if isinstance(segment, Special):
                 ids.append(self.tokenizer.special_id(segment.name))
-            else:  # in a batch: the tokenizer lets other threads run only then
+            else:
                 ids += self.tokenizer.encode_batch([segment])[0]
         return ids
