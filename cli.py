@@ -18,6 +18,7 @@ from . import __version__
 from .bench_verb import add_bench
 from .errors import UserError
 from .eval_verb import add_eval
+from .plan_verb import add_plan
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
 
@@ -167,6 +168,7 @@ VERBS: tuple[Callable[[Verbs], None], ...] = (
     add_eval,
     add_doctor,
     add_bench,
+    add_plan,
     add_generate,
     add_chat,
 )
