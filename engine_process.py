@@ -73,7 +73,7 @@ def make(options: EngineOptions) -> "tuple[Engine, EngineInfo]":
     from .ops.formats import E4M3
     from .serving.cost import CostModel
     from .serving.engine import Engine, EngineSettings
-    from .serving.guides import Guides, apply_mask
+    from .serving.guides import Guides
     from .serving.measure import measure
     from .serving.messages import EngineInfo
     from .serving.runner import ModelRunner, RunnerSettings
@@ -95,9 +95,7 @@ def make(options: EngineOptions) -> "tuple[Engine, EngineInfo]":
     drafts = max(drafts, 0)
     kept = caches[options.cache]
     pages = _pages(model, kept, options, context)
-    runner = ModelRunner(
-        model, RunnerSettings(pages, options.requests, kept, drafts, options.batch_invariant), apply_mask
-    )
+    runner = ModelRunner(model, RunnerSettings(pages, options.requests, kept, drafts, options.batch_invariant))
     cost = CostModel() if options.batch_invariant else measure(runner, context)
     limits = Limits(options.requests, seconds=options.step_ms / 1000)
     capacity = pages * runner.page_size

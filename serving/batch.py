@@ -2,74 +2,21 @@
 cost a loop over all their pages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.cache import MixedStep, PagedCache, PagedStep, Part
+from .edits import edits_of
 from .request import Request
-from .scheduler import Plan, Work
+from .scheduler import Work
+from .step import Group, StepInput
 
 ABSORBED = 4  # new tokens of a sequence up to which attention in latent space is cheaper than expanding keys and values
 
 Array = NDArray[np.int64]
-
-
-@dataclass
-class Group:
-    """Sequences of a step that attend in one form. count: new tokens of each, where absorbed; else 0, any number.
-
-    table i32 [B, W]; lens i32 [B], new tokens included; new i64 [B].
-    """
-
-    count: int
-    table: Tensor
-    lens: Tensor
-    new: Tensor
-
-
-@dataclass
-class StepInput:
-    """What every process computes in a step; all on the host.
-
-    tokens, positions, slots: i64 [T], group by group; UNRESOLVED where a token was sampled in the step before and is
-        known on the device only. rows: i64 [T], whose token it is (see Rows).
-    following: i64 [T], the token behind each, 0 where this step is to sample it.
-    sampled: i64 [B, K + 1], the places in [T] that logits are wanted of: of each request that samples, the last known
-        token and its draft; -1 behind. draft: i64 [B, K], -1 behind. sampled_rows: i64 [B]. next_positions: i64 [B],
-        where the first token that is sampled will stand in its sequence.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    rows: Tensor
-    following: Tensor
-    groups: list[Group]
-    sampled: Tensor
-    draft: Tensor
-    sampled_rows: Tensor
-    next_positions: Tensor
-
-    def bind(self, cache: PagedCache, device: torch.device) -> "tuple[MixedStep, Tensor, int]":
-        """The cache as the step sees it, cu_seqlens i32 [B + 1] of its new tokens, and the most of one sequence."""
-        slots, parts, start = self.slots.to(device, non_blocking=True), [], 0
-        for group in self.groups:
-            size = int(group.new.sum())
-            bounds = torch.nn.functional.pad(group.new.cumsum(0), (1, 0)).to(torch.int32).to(device, non_blocking=True)
-            rows = slice(start, start + size)
-            view = PagedStep(
-                cache, slots[rows], group.table.to(device, non_blocking=True), group.lens.to(device, non_blocking=True),
-                group.lens, int(group.lens.sum()), int(group.lens.max()), bool(group.count),
-            )  # fmt: skip
-            parts.append(Part(rows, view, bounds, int(group.new.max())))
-            start += size
-        every = torch.cat([group.new for group in self.groups])
-        cu_seqlens = torch.nn.functional.pad(every.cumsum(0), (1, 0)).to(torch.int32).to(device, non_blocking=True)
-        return MixedStep(cache, slots, parts), cu_seqlens, int(every.max())
+tensor = torch.from_numpy
 
 
 class Rows:
@@ -82,6 +29,8 @@ class Rows:
         self.top_p = np.ones(count, np.float32)
         self.min_p = np.zeros(count, np.float32)
         self.seed = np.zeros(count, np.int64)
+        self.heat = np.ones(count, np.float32)
+        self.top = np.zeros(count, np.int64)
 
     def update(self, request: Request) -> None:
         """Take over what the scheduler has given a request since the last step."""
@@ -92,23 +41,26 @@ class Rows:
             params = request.params
             self.temperature[row], self.top_p[row], self.min_p[row] = params.temperature, params.top_p, params.min_p
             self.top_k[row], self.seed[row] = min(params.top_k, 2**31 - 1), request.seed
+            self.heat[row] = params.temperature or 1.0 if params.tempered_logprobs else 1.0
+            self.top[row] = params.top_logprobs
         self.table[row, known:held] = request.blocks[known:]
         request.synced = held
 
-    def settings(self, rows: NDArray[np.int64], device: torch.device) -> list[Tensor]:
+    def settings(self, rows: Array) -> list[Tensor]:
         """temperature, top_k, top_p, min_p and seed, as `sample` takes them."""
-        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
-        return [torch.from_numpy(column[rows]).to(device, non_blocking=True) for column in columns]
+        return [tensor(column[rows]) for column in (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)]
 
 
-def build(plan: Plan, rows: Rows, page: int, per_token: bool) -> tuple[StepInput, list[Work]]:
-    """The tensors of a plan, and its works in their order, which is by groups.
+def build(
+    works: list[Work], copies: Sequence[tuple[int, int]], rows: Rows, page: int, vocab_size: int, per_token: bool
+) -> tuple[StepInput, list[Work]]:
+    """The tensors of works of one shard, and the works in their order, which is by groups.
 
     per_token: every new token poses as a sequence of its own, so that its numbers cannot depend on the others'.
     """
-    for work in plan.works:
+    for work in works:
         rows.update(work.request)
-    works = sorted(plan.works, key=lambda work: work.count if work.count <= ABSORBED else ABSORBED + 1)
+    works = sorted(works, key=lambda work: work.count if work.count <= ABSORBED else ABSORBED + 1)
     counts = np.array([work.count for work in works], np.int64)
     starts = np.array([work.start for work in works], np.int64)
     owners = np.array([work.request.row for work in works], np.int64)
@@ -123,23 +75,35 @@ def build(plan: Plan, rows: Rows, page: int, per_token: bool) -> tuple[StepInput
         width = int(positions.max()) // page + 1
         groups = [_group(1, rows.table[row, :width], positions + 1, np.ones(total, np.int64))]
     else:
-        groups = _groups(works, counts, starts + counts, owners, rows, page)
-    sampling = [(place, work) for place, work in enumerate(works) if work.sample]
-    width = max((1 + len(work.request.draft) for _, work in sampling), default=1)
-    sampled = np.full((len(sampling), width), -1, np.int64)
-    draft = np.full((len(sampling), width - 1), -1, np.int64)
-    for number, (place, work) in enumerate(sampling):
-        count = len(work.request.draft)
-        end = first[place] + work.count
-        sampled[number, : count + 1] = np.arange(end - count - 1, end)
-        draft[number, :count] = work.request.draft
-    ends = np.array([work.start + work.count - len(work.request.draft) for _, work in sampling], np.int64)
-    sampled_rows = owners[np.array([place for place, _ in sampling], np.int64)]
-    tensor = torch.from_numpy
+        groups = _groups(counts, starts + counts, owners, rows, page)
+    chosen = np.array([place for place, work in enumerate(works) if work.sample], np.int64)
+    sampling = [works[place] for place in chosen]
+    sampled, draft, ends = _sampled(sampling, first[chosen])
+    mine = owners[chosen]
+    report, report_top = _reported(works, first)
+    width = max((len(work.request.blocks) for work in sampling), default=0)
     step = StepInput(
-        tensor(tokens), tensor(positions), tensor(slots), tensor(row), tensor(following), groups, tensor(sampled),
-        tensor(draft), tensor(sampled_rows), tensor(ends),
-    )  # fmt: skip
+        tokens=tensor(tokens),
+        positions=tensor(positions),
+        slots=tensor(slots),
+        rows=tensor(row),
+        following=tensor(following),
+        copies=tensor(np.array(copies, np.int64).reshape(-1, 2).T.copy()),
+        sampled=tensor(sampled),
+        draft=tensor(draft),
+        sampled_rows=tensor(mine),
+        next_positions=tensor(ends),
+        room=torch.tensor([work.request.capacity for work in sampling], dtype=torch.int64),
+        table=tensor(rows.table[mine, :width]),
+        settings=rows.settings(mine),
+        heat=tensor(rows.heat[mine]),
+        top=tensor(rows.top[mine]),
+        report=tensor(report),
+        report_top=tensor(report_top),
+        record=any(work.request.record_experts for work in works),
+        edits=edits_of([work.request for work in sampling], sampled.shape[1], vocab_size),
+        groups=groups,
+    )
     return step, works
 
 
@@ -149,20 +113,20 @@ def _tokens(works: Sequence[Work]) -> tuple[Array, Array]:
     following: list[int] = []
     for work in works:
         request, end = work.request, work.start + work.count
-        mine = request.tokens[work.start : end] + (request.draft if work.sample else [])
+        mine = request.tokens[work.start : end]
+        if work.sample and request.draft:
+            mine = mine + request.draft
         tokens += mine
         following += mine[1:]
         following.append(request.tokens[end] if end < len(request.tokens) else 0)
     return np.array(tokens, np.int64), np.array(following, np.int64)
 
 
-def _groups(works: Sequence[Work], counts: Array, lens: Array, owners: Array, rows: Rows, page: int) -> list[Group]:
+def _groups(counts: Array, lens: Array, owners: Array, rows: Rows, page: int) -> list[Group]:
     groups, start = [], 0
-    while start < len(works):
+    while start < len(counts):
         count = int(counts[start]) if counts[start] <= ABSORBED else 0
-        end = start
-        while end < len(works) and (counts[end] == count if count else True):
-            end += 1
+        end = int(np.searchsorted(counts, count, "right")) if count else len(counts)
         longest = int(lens[start:end].max())
         table = rows.table[owners[start:end], : -(-longest // page)]
         groups.append(_group(count, table, lens[start:end], counts[start:end]))
@@ -171,4 +135,39 @@ def _groups(works: Sequence[Work], counts: Array, lens: Array, owners: Array, ro
 
 
 def _group(count: int, table: NDArray[np.int32], lens: Array, new: Array) -> Group:
-    return Group(count, torch.from_numpy(table), torch.from_numpy(lens.astype(np.int32)), torch.from_numpy(new))
+    return Group(count, tensor(table), tensor(lens.astype(np.int32)), tensor(new))
+
+
+def _sampled(works: Sequence[Work], first: Array) -> tuple[Array, Array, Array]:
+    """StepInput's sampled, draft and next_positions; first: where each work's tokens begin."""
+    width = max((1 + len(work.request.draft) for work in works), default=1)
+    sampled = np.full((len(works), width), -1, np.int64)
+    draft = np.full((len(works), width - 1), -1, np.int64)
+    ends = np.zeros(len(works), np.int64)
+    for number, work in enumerate(works):
+        drafted = work.request.draft
+        end = first[number] + work.count
+        sampled[number, : len(drafted) + 1] = np.arange(end - len(drafted) - 1, end)
+        draft[number, : len(drafted)] = drafted
+        ends[number] = work.start + work.count - len(drafted)
+    return sampled, draft, ends
+
+
+def _reported(works: Sequence[Work], first: Array) -> tuple[Array, Array]:
+    """StepInput's report and report_top: of prompts that want it, all tokens that another one follows."""
+    places: list[Array] = []
+    top: list[Array] = []
+    for number, work in enumerate(works):
+        if wanted := reported(work):
+            places.append(first[number] + np.arange(wanted))
+            top.append(np.full(wanted, work.request.params.top_logprobs))
+    none = np.zeros(0, np.int64)
+    return (np.concatenate(places), np.concatenate(top)) if places else (none, none)
+
+
+def reported(work: Work) -> int:
+    """How many tokens of a work are reported on."""
+    request = work.request
+    if not request.params.prompt_logprobs:
+        return 0
+    return max(min(work.start + work.count, request.prompt_length - 1) - work.start, 0)

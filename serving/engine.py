@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..core.generate import tail
 from ..core.sampling_params import Guide, SamplingParams
@@ -17,21 +17,18 @@ from ..errors import UserError
 from .blocks import BlockPool
 from .cost import CostModel
 from .messages import Add, Output, RequestRefused, Stats
-from .request import GuideState, Request
-from .runner import Launched, Runner, Sampled
+from .request import Request
+from .runner import Runner, Sampled
 from .scheduler import Limits, Scheduler, Work
 
 Decode = Callable[[list[int]], str]
 
 
-class Grammar(Protocol):
-    def start(self) -> GuideState: ...
-
-
 class Guides(Protocol):
     """See guides.Guides."""
 
-    def compile(self, guide: Guide) -> Future[Grammar]: ...
+    def compile(self, guide: Guide) -> Future[Any]:
+        """A future with a `start() -> GuideState`."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ class Engine:
         pools = [BlockPool(runner.num_blocks, runner.page_size, settings.prefix_caching) for _ in range(runner.shards)]
         self.scheduler = Scheduler(pools, settings.limits, settings.cost)
         self.requests: dict[int, Request] = {}
-        self.compiling: dict[int, tuple[Request, Future[Grammar]]] = {}
-        self.under_way: Launched | None = None
+        self.compiling: dict[int, tuple[Request, Future[Any]]] = {}
+        self.under_way: Any = None
         self.counted = Stats()
         self.on_finish: Callable[[Request], None] | None = None  # while it still holds its blocks
 
@@ -113,7 +110,7 @@ class Engine:
         room = min(settings.context, largest) - len(prompt)
         return len(prompt) + (room if params.max_tokens is None else min(room, params.max_tokens))
 
-    def _compile(self, guide: Guide) -> Future[Grammar]:
+    def _compile(self, guide: Guide) -> Future[Any]:
         if self.guides is None:
             raise RequestRefused("guided decoding needs a tokenizer, and this engine has none")
         return self.guides.compile(guide)

@@ -23,7 +23,7 @@ from ..core.text_stream import TextStream
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from ..ops.formats import E4M3
-from .guides import Guides, apply_mask
+from .guides import Guides
 from .rollout import CACHE_BYTES, REQUESTS, EngineRollout
 from .verify import Verification, decide
 
@@ -96,9 +96,7 @@ class LLM:
         kept = E4M3 if cache_dtype == "fp8" else cache_dtype
         decode = partial(self.tokenizer.decode, skip_special=True)
         guides = Guides(self.tokenizer, config.vocab_size, self.ends)
-        self.rollout = EngineRollout(
-            self.model, decode, kept, cache_bytes, speculative_tokens, requests, guides=guides, apply_mask=apply_mask
-        )
+        self.rollout = EngineRollout(self.model, decode, kept, cache_bytes, speculative_tokens, requests, guides=guides)
 
     @property
     def format(self) -> str:

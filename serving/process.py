@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from ..parallel.channel import PeerLost
 from .engine import Engine
 from .messages import Abort, Add, Close, EngineInfo, FromEngine, Output, Refused, RequestRefused, ToEngine
 from .wire import Wire
@@ -48,6 +49,7 @@ class Loop:
         while not self.closing:
             if self.draining and self.engine.idle:
                 return 0
+            self.engine.runner.beat()
             try:
                 self._hear(0.0 if self._busy() else HEARTBEAT)
             except (EOFError, ConnectionError):
@@ -58,6 +60,9 @@ class Loop:
                     self.failures = 0
                 except (EOFError, ConnectionError):
                     return 1
+                except PeerLost as lost:
+                    logger.error("%s", lost)
+                    return 3
                 except Exception:
                     logger.exception("a step failed")
                     self.failures += 1

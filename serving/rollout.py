@@ -14,7 +14,6 @@ from .engine import Decode, Engine, EngineSettings, Guides
 from .messages import Add, Output, RequestRefused
 from .request import Request
 from .runner import ModelRunner, RunnerSettings
-from .sampler import MaskApplier
 from .scheduler import Limits
 
 STEP_TOKENS = 4096  # of one pass, where nobody waits for a steady stream
@@ -28,7 +27,7 @@ class EngineRollout:
 
     decode: text of token ids, for stop strings. cache_bytes: what the cache may grow to; it is as large as the requests
     need, up to that. speculative_tokens: drafted per step by the MTP module. requests: that run at a time. per_token:
-    see RunnerSettings. guides, apply_mask: for requests that have a guide.
+    see RunnerSettings. guides: for requests that have one.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class EngineRollout:
         requests: int = REQUESTS,
         per_token: bool = False,
         guides: Guides | None = None,
-        apply_mask: MaskApplier | None = None,
     ) -> None:
         if speculative_tokens and not model.config.num_nextn_predict_layers:
             raise UserError("speculative decoding drafts with the MTP module, and this model has none; leave it off")
@@ -50,7 +48,7 @@ class EngineRollout:
         self.cache_dtype = cache_dtype or model.model.embed_tokens.weight.dtype
         self.layout = cache_layout(model.config, self.cache_dtype)
         self.cache_bytes, self.speculative_tokens, self.requests = cache_bytes, speculative_tokens, requests
-        self.per_token, self.guides, self.apply_mask = per_token, guides, apply_mask
+        self.per_token, self.guides = per_token, guides
         self._engine: Engine | None = None
         self._records = False
 
@@ -191,9 +189,8 @@ class EngineRollout:
 
     def _make(self, blocks: int, capacity: int) -> Engine:
         settings = RunnerSettings(blocks, self.requests, self.cache_dtype, self.speculative_tokens, self.per_token)
-        more = {} if self.apply_mask is None else {"apply_mask": self.apply_mask}
         config, limits = self.model.config, Limits(self.requests, STEP_TOKENS, float("inf"))
         chosen = EngineSettings(
             config.max_position_embeddings, config.vocab_size, capacity, frozenset(config.eos_token_ids), limits=limits
         )
-        return Engine(ModelRunner(self.model, settings, **more), chosen, self.decode, self.guides)
+        return Engine(ModelRunner(self.model, settings), chosen, self.decode, self.guides)

@@ -47,6 +47,9 @@ class FakeRunner:
         self.steps: list[list[tuple[int, int]]] = []
         self.fail_next = False
 
+    def beat(self) -> None:
+        pass
+
     def launch(self, plan: Plan) -> Flight:
         if self.fail_next:
             self.fail_next = False

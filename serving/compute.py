@@ -1,0 +1,222 @@
+"""Computes steps: one pass of the model over all tokens of a step, the choice of what comes next, and the drafts.
+
+Speculation (report, section 5.4.3): the MTP module predicts one token further than the model, from its hidden state and
+the token that was chosen; the next step verifies it. More than one token is drafted by applying the module again to its
+own output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.cache import MixedStep, PagedCache, PagedStep, Part
+from ..core.model import DeepseekV3
+from ..core.step import Routing, Step
+from ..ops.sampling import log_probability, sample
+from .sampler import choose, likeliest
+from .step import StepInput, StepOutput
+
+HEAD_ROWS = 256  # positions of a prompt whose logits are looked at at once
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """num_blocks: pages of the cache. rows: of requests, see batch.Rows. speculative_tokens: drafted per step.
+
+    ahead: steps come before the tokens of the last one are known to whoever plans them.
+    """
+
+    num_blocks: int
+    rows: int
+    cache_dtype: torch.dtype | None = None
+    speculative_tokens: int = 0
+    ahead: bool = False
+
+
+def able_to_draft(step: StepInput, depth: int) -> Tensor:
+    """bool [B]: whose pages hold one more application of the module, however many drafts of this step are accepted."""
+    return step.room >= step.next_positions + step.draft.shape[1] + depth
+
+
+def module_passes(step: StepInput, speculative_tokens: int) -> int:
+    """How often a step applies the MTP module."""
+    if not speculative_tokens:
+        return 0
+    again = range(1, speculative_tokens) if len(step.sampled) else ()
+    return 1 + sum(bool(able_to_draft(step, depth).any()) for depth in again)
+
+
+class Computer:
+    """A model, or a rank's part of one, with its cache."""
+
+    def __init__(self, model: DeepseekV3, settings: ComputeSettings) -> None:
+        self.model, self.settings, self.config = model, settings, model.config
+        weight = next(model.model.norm.parameters())
+        self.device = weight.device
+        self.cache = PagedCache(self.config, settings.num_blocks, settings.cache_dtype or weight.dtype, self.device)
+        self.num_blocks = settings.num_blocks
+        self.last = torch.zeros(settings.rows, dtype=torch.int64, device=self.device)
+        self.expert_log: Tensor | None = None  # i16 [slots, layers with experts, k], once somebody wants to know
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def run(self, step: StepInput) -> StepOutput:
+        if step.copies.shape[1]:
+            self._copy(step.copies)
+        bound, cu_seqlens, max_len = self._bind(step)
+        hidden, described = self._forward(step, bound, cu_seqlens, max_len)
+        report = self._report(step, hidden)
+        if not len(step.sampled):
+            if self.settings.speculative_tokens:
+                self.model.mtp(0, hidden, self._there(step.following), described)
+            return self._output(step, None, report)
+        places, positions = self._there(step.sampled), self._there(step.next_positions)
+        logits = self.model.head(hidden[places.clamp(min=0).flatten()]).float().view(*places.shape, -1)
+        settings = [self._there(column) for column in step.settings]
+        tokens, logprobs, accepted = choose(logits, step, settings, positions)
+        drafts = None
+        if self.settings.speculative_tokens:
+            predicted = self.model.mtp(0, hidden, self._following(step, places, tokens), described)
+            drafts = self._draft(step, predicted, tokens, accepted, places, settings, positions)
+        if self.settings.ahead:
+            self.last[self._there(step.sampled_rows)] = tokens[:, 0]
+        count = int(step.top.max())
+        top = likeliest(logits, count) if count else None
+        return self._output(step, (tokens, logprobs, accepted, drafts, top), report)
+
+    # The pass ---------------------------------------------------------------------------------------------------------
+
+    def _bind(self, step: StepInput) -> tuple[MixedStep, Tensor, int]:
+        """The cache as the step sees it, cu_seqlens i32 [B + 1] of its new tokens, and the most of one sequence."""
+        slots, parts, start = self._there(step.slots), [], 0
+        for group in step.groups:
+            size = int(group.new.sum())
+            rows, lens = slice(start, start + size), group.lens
+            view = PagedStep(
+                self.cache, slots[rows], self._there(group.table), self._there(lens), lens, int(lens.sum()),
+                int(lens.max()), bool(group.count),
+            )  # fmt: skip
+            parts.append(Part(rows, view, self._bounds(group.new), int(group.new.max())))
+            start += size
+        every = torch.cat([group.new for group in step.groups])
+        return MixedStep(self.cache, slots, parts), self._bounds(every), int(every.max())
+
+    def _bounds(self, lengths: Tensor) -> Tensor:
+        return self._there(pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
+
+    def _forward(self, step: StepInput, bound: MixedStep, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Step]:
+        """Hidden states [T, D] behind the final norm, and the pass as the model describes it."""
+        tokens = self._there(step.tokens)
+        if self.settings.ahead:
+            tokens = torch.where(tokens < 0, self.last[self._there(step.rows)], tokens)
+        routing = Routing() if step.record else None
+        described = self.model.step(self._there(step.positions), cu_seqlens, max_len, bound, routing, bound.longest)
+        hidden = self.model.model.norm(self.model.blocks(self.model.embed(tokens), described))
+        if routing is not None and routing.experts:
+            self._log_experts(bound.slots, routing)
+        described.routing = None  # MTP modules keep no log
+        return hidden, described
+
+    def _copy(self, copies: Tensor) -> None:
+        sources, targets = copies.tolist()
+        self.cache.copy(sources, targets)
+        if self.expert_log is not None:
+            pages = self.expert_log.view(self.num_blocks, -1)
+            pages[self._there(copies[1])] = pages[self._there(copies[0])]
+
+    def grow(self, num_blocks: int) -> None:
+        """Make the cache larger; what it holds stays where it is."""
+        self.cache.rearrange(num_blocks, {block: block for block in range(self.num_blocks)})
+        if self.expert_log is not None:
+            more = (num_blocks - self.num_blocks) * self.cache.page_size
+            self.expert_log = pad(self.expert_log, (0, 0, 0, 0, 0, more))
+        self.num_blocks = num_blocks
+
+    # Drafts -----------------------------------------------------------------------------------------------------------
+
+    def _following(self, step: StepInput, places: Tensor, tokens: Tensor) -> Tensor:
+        """The token behind each of the step, those that were just chosen included."""
+        known = places >= 0
+        return self._there(step.following).index_put((places[known],), tokens[known].clamp(min=0))
+
+    def _draft(
+        self, step: StepInput, predicted: Tensor, tokens: Tensor, accepted: Tensor, places: Tensor,
+        settings: list[Tensor], positions: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """predicted [T, D], the module's output over the step -> i64 [B, speculative_tokens], -1 behind where a
+        request's pages end."""
+        behind = accepted.long()
+        hidden = predicted[places.gather(1, behind[:, None]).squeeze(1)]  # of the last known token but the newest
+        newest = positions + behind  # where the newest token stands
+        token = self._draft_token(hidden, settings, newest + 1)
+        drafts = [token]
+        for depth in range(1, self.settings.speculative_tokens):
+            able = able_to_draft(step, depth)
+            if not able.any():
+                break
+            index = self._there(able.nonzero()[:, 0])
+            state = self._again(hidden[index], token[index], newest[index] + depth - 1, step.table[able])
+            hidden = hidden.index_copy(0, index, state)
+            drawn = self._draft_token(state, [setting[index] for setting in settings], newest[index] + depth + 1)
+            token = torch.full_like(token, -1).index_copy(0, index, drawn)
+            drafts.append(token)
+        return torch.stack(drafts, 1)
+
+    def _again(self, hidden: Tensor, token: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        """The MTP module on its own output: one token per request, at `positions` i64 [B] -> [B, D]."""
+        lens = (positions + 1).to(torch.int32)
+        lens_cpu = lens.cpu()  # waits for the device: the price of a second draft
+        page, pages = self.cache.page_size, self._there(table)
+        slots = pages.gather(1, (positions // page)[:, None]).squeeze(1).long() * page + positions % page
+        step = PagedStep(self.cache, slots, pages, lens, lens_cpu, int(lens_cpu.sum()), int(lens_cpu.max()), True)
+        bounds = torch.arange(len(table) + 1, dtype=torch.int32, device=self.device)
+        return self.model.mtp(0, hidden, token, self.model.step(positions, bounds, 1, step, None, step.longest))
+
+    def _draft_token(self, hidden: Tensor, settings: list[Tensor], positions: Tensor) -> Tensor:
+        """With the noise that verification will use, so that a good draft is the very token."""
+        return sample(self.model.head(hidden).float(), *settings, positions)[0]
+
+    # Reports ----------------------------------------------------------------------------------------------------------
+
+    def _report(self, step: StepInput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the prompts that want it: log-probability of the following token, and the likeliest, place by place."""
+        places, count = step.report, int(step.report_top.max()) if len(step.report) else 0
+        target = self._there(step.following[places])
+        values, ids, best = [], [], []
+        for rows, tokens in zip(hidden[self._there(places)].split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
+            if len(rows):
+                logits = self.model.head(rows).float()
+                values.append(log_probability(logits, tokens))
+                of_ids, of_best = likeliest(logits, count)
+                ids.append(of_ids)
+                best.append(of_best)
+        empty = torch.empty(0, device=self.device)
+        return (
+            torch.cat(values) if values else empty,
+            torch.cat(ids) if ids else empty.long()[:, None],
+            torch.cat(best) if best else empty[:, None],
+        )
+
+    def _log_experts(self, slots: Tensor, routing: Routing) -> None:
+        chosen = torch.stack([routing.experts[layer] for layer in sorted(routing.experts)], 1)  # [T, layers, k]
+        if self.expert_log is None:
+            count = self.num_blocks * self.cache.page_size
+            self.expert_log = torch.zeros(count, *chosen.shape[1:], dtype=torch.int16, device=self.device)
+        self.expert_log[slots] = chosen.to(torch.int16)
+
+    def _output(
+        self,
+        step: StepInput,
+        chosen: tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None] | None,
+        report: tuple[Tensor, Tensor, Tensor],
+    ) -> StepOutput:
+        none, some = torch.empty(len(step.sampled), 0), torch.empty(len(step.sampled), 0, dtype=torch.int64)
+        if chosen is None:
+            return StepOutput(some, none, some[:, :0].sum(1).int(), some, some[..., None], none[..., None], *report)
+        tokens, logprobs, accepted, drafts, top = chosen
+        ids, best = (some[..., None], none[..., None]) if top is None else top
+        return StepOutput(tokens, logprobs, accepted, some if drafts is None else drafts, ids, best, *report)
