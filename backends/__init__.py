@@ -23,6 +23,7 @@ from ..ops.op import active_backend, set_backend
 
 GROUP = "dsv3.backends"
 BUILT_IN = ("cuda", "rocm", "ascend", "cpu")  # "auto" takes the first that is usable; those of others go by name only
+BY_NAME = ("cpu-invariant",)  # built in as well, but taken only when asked for
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def _broken(name: str, error: Exception) -> Backend:
 
 @cache
 def discover() -> dict[str, Backend]:
-    """Every backend known here, usable or not: the built-in ones in the order of "auto", then those of others."""
-    backends = {name: import_module(f"{__name__}.{name}").BACKEND for name in BUILT_IN}
+    """Every backend known here, usable or not: the built-in ones, first those of "auto" in order, then others'."""
+    modules = {name: f"{__name__}.{name.replace('-', '_')}" for name in (*BUILT_IN, *BY_NAME)}
+    backends = {name: import_module(module).BACKEND for name, module in modules.items()}
     for entry in metadata.entry_points(group=GROUP):
         try:
             plugin = entry.load()

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from ..ops.weight import Weight, linear
 from .block import Block
 from .cache import CacheStep
 from .config import ModelConfig
@@ -130,7 +131,7 @@ class DeepseekV3(nn.Module):
         """hidden [T, D], behind the norm -> logits [T, V]."""
         if hasattr(self, "lm_head"):
             return self.lm_head(hidden)
-        return nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+        return linear(hidden, Weight(self.model.embed_tokens.weight.to(hidden.dtype)))
 
     def mtp(self, depth: int, hidden: Tensor, next_tokens: Tensor, step: Step) -> Tensor:
         """Depth 0 predicts one token beyond the main model.

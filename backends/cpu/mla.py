@@ -78,7 +78,7 @@ def _keys(k_nope: Tensor, k_rope: Tensor, size: int) -> Tensor:
 
 
 @mla_attention.kernel("cpu", "torch")
-def _mla_attention(
+def attend(
     q: Tensor,
     k_nope: Tensor,
     k_rope: Tensor,

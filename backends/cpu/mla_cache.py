@@ -18,8 +18,8 @@ PIECE = 256  # fewest tokens worth a piece of their own
 PADDED_BYTES = 64 << 20  # most memory that gathering a whole batch at once may take
 
 
-def _read_latent(rows: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
-    """read_latent with integer arithmetic instead of PyTorch's scalar FP8 conversion.
+def read_rows(rows: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
+    """`read_latent` with integer arithmetic instead of PyTorch's scalar FP8 conversion.
 
     An e4m3 byte shifted into the exponent and mantissa of a float16, sign extended, is its value / 256: exact,
     subnormals too. (The bytes of NaN come out as numbers; a cache never holds them in a row that is in use.)
@@ -37,7 +37,7 @@ def _read_latent(rows: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
     return latent.to(dtype)
 
 
-def _pages(pages: Tensor, owned: list[int]) -> Tensor:
+def owned_rows(pages: Tensor, owned: list[int]) -> Tensor:
     """These pages end to end [len(owned) * page, ...]: a view where they are neighbours, else a copy."""
     first = owned[0]
     if owned == list(range(first, first + len(owned))):
@@ -55,7 +55,7 @@ def _mla_cache_gather(
     starts = cu_seqlens.tolist()
     for owned, length, start, end in zip(table.tolist(), lens.tolist(), starts, starts[1:], strict=False):
         length = min(length, end - start)
-        rows = _read_latent(_pages(pages, owned[: max(-(-length // page), 1)])[:length], kv_lora_rank, dtype)
+        rows = read_rows(owned_rows(pages, owned[: max(-(-length // page), 1)])[:length], kv_lora_rank, dtype)
         if latent is None:
             latent = rows.new_zeros(total, rows.shape[1])
         latent[start : start + length] = rows
@@ -110,7 +110,7 @@ def _whole_batch(
         slots = place.add_(table * page)
     else:
         slots = table.gather(1, (place // page).long()).mul_(page).add_(place % page)
-    latent = _read_latent(pages.flatten(0, 1).index_select(0, slots.view(-1)), kv_lora_rank, q.dtype)
+    latent = read_rows(pages.flatten(0, 1).index_select(0, slots.view(-1)), kv_lora_rank, q.dtype)
     kv = latent.view(B, 1, longest, D)
     seen = lens[:, None, None] + torch.arange(1 - S, 1, dtype=torch.int32)[:, None]  # [B, S, 1]
     mask = torch.zeros(B, S, longest, dtype=q.dtype).masked_fill_(token >= seen, float("-inf"))
@@ -142,7 +142,7 @@ def _mla_decode(
     for b, (length, owned) in enumerate(zip(lengths, table.tolist(), strict=True)):
         if length == 0:
             continue
-        latent = _read_latent(_pages(pages, owned[: -(-length // page)])[:length], R, q.dtype)
+        latent = read_rows(owned_rows(pages, owned[: -(-length // page)])[:length], R, q.dtype)
         blind = max(S - length, 0)  # leading queries from before the sequence's first token
         one, one_lse = _one_sequence(q[b, blind:], latent, scale)
         out[b, blind:], lse[b, blind:] = one[..., :R], one_lse

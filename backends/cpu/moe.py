@@ -47,6 +47,21 @@ def route_torch(
     forced_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     scores = affinities(logits, score_func)
+    return choose(scores, bias, k, groups, topk_groups, group_score, renormalize, scale, forced_idx)
+
+
+def choose(
+    scores: Tensor,
+    bias: Tensor | None,
+    k: int,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+    forced_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`route` from the affinities [T, E] on."""
     if forced_idx is not None:
         return forced_idx.clone(), gate_weights(scores, forced_idx, renormalize, scale)
     choice = scores if bias is None else scores + bias
