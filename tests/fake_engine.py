@@ -102,9 +102,12 @@ class FakeEngine:
                 raise script.fail
             output = Output(0, piece, [logprob(token) for token in piece], cached=cached, seed=seed)
             output.top = [self._top(token, params.top_logprobs) for token in piece] if params.top_logprobs else []
-            if number == 0 and params.prompt_logprobs:
-                output.prompt_logprobs = [logprob(token) for token in asked.prompt[1:]]
-                output.prompt_top = [self._top(token, params.top_logprobs) for token in asked.prompt[1:]]
+            if number == 0 and params.prompt_logprobs:  # piece by piece, as a prompt is computed
+                for place in range(1, len(asked.prompt), PAGE):
+                    part = asked.prompt[place : place + PAGE]
+                    before = Output(0, cached=cached, seed=seed, prompt_logprobs=[logprob(token) for token in part])
+                    before.prompt_top = [self._top(token, params.top_logprobs) for token in part]
+                    yield before
             if number == len(pieces) - 1:
                 output.finish, output.stop_reason, output.error = finish, reason, script.error
             yield output

@@ -132,6 +132,8 @@ def test_a_reader_that_stops_is_left():
 def test_a_port_in_use_is_the_users_error():
     with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot listen on 127"):
         listen("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(UserError, match="there is no such port"):
+        listen("127.0.0.1", 70_000)
 
 
 def start(pause: float, drain: float) -> tuple[subprocess.Popen[str], str]:

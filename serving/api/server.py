@@ -8,7 +8,6 @@ should start it anew.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -24,33 +23,26 @@ LAST_WORDS = 5  # seconds for streams to send their last event
 TICK = 0.1  # seconds between two looks at the engine, and at what still runs
 
 
-def serve(
-    app: Starlette,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    drain: float = 30.0,
-    listening: Callable[[str], None] = logger.info,
-) -> int:
+async def serve(app: Starlette, listener: socket.socket, drain: float = 30.0) -> int:
     """Serve an application of `create_app` until a signal comes or the engine dies; the exit code.
 
-    port: 0 takes a free one. listening: hears the URL as soon as requests are taken. To be called on the main thread,
-    which gets the signals. Raises UserError if the port cannot be had.
+    listener: see `listen`. drain: seconds. To be awaited on the main thread, which gets the signals.
     """
-    listener = listen(host, port)
     server = Server(app, drain)
-    name, number = listener.getsockname()[:2]
-    listening(f"http://{f'[{name}]' if ':' in name else name}:{number}")
-    server.run([listener])
+    host, port = listener.getsockname()[:2]
+    logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await server.serve([listener])
     return 1 if server.engine_died else 0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError."""
+    """A listening socket; port 0 takes a free one. Raises UserError."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another one") from None
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "there is no such port"
+        raise UserError(f"cannot listen on {host}, port {port} ({why}); choose another one") from None
 
 
 class Server(uvicorn.Server):

@@ -19,6 +19,8 @@ class TextReply:
         self._stream = TextStream(service.tokenizer, stop)
         self._prompt, self._index, self._echo, self._asked = prompt, index, echo, logprobs
         self._places = service.tokenizer.stream(skip_special=True)
+        self._prompt_logprobs: list[float | None] = [None]
+        self._prompt_tops: list[TopLogprobs] = [[]]
         self._length = 0  # characters that the tokens so far make
         self._text = ""
         self._logprobs = TextLogprobs([], [], [], [])
@@ -28,11 +30,10 @@ class TextReply:
     def push(self, output: Output) -> list[TextChoice]:
         """What an output adds; with its finish, the last one says how the text ended."""
         text, logprobs = "", TextLogprobs([], [], [], [])
-        if self._echo:
+        if self._echo and self._prompt_told(output):
             text, self._echo = self._tokenizer.decode(self._prompt, skip_special=True), False
             if self._asked is not None:
-                tops = output.prompt_top or [[] for _ in output.prompt_logprobs]
-                self._count(logprobs, self._prompt, [None, *output.prompt_logprobs], [[], *tops])
+                self._count(logprobs, self._prompt, self._prompt_logprobs, self._prompt_tops)
         for token in text_tokens(output):
             text += self._stream.push(token)
         if output.finish is not None:
@@ -49,6 +50,14 @@ class TextReply:
         if output.finish is not None:
             choices.append(TextChoice(self._index, "", None, *self._end()))
         return choices
+
+    def _prompt_told(self, output: Output) -> bool:
+        """Is all known that is to be said of the prompt? Its log-probabilities come piece by piece."""
+        if self._asked is None:
+            return True
+        self._prompt_logprobs += output.prompt_logprobs
+        self._prompt_tops += output.prompt_top or [[] for _ in output.prompt_logprobs]
+        return len(self._prompt_logprobs) == len(self._prompt)
 
     def choice(self) -> TextChoice:
         """The whole of it, once it has ended."""
