@@ -19,6 +19,7 @@ from .bench_verb import add_bench
 from .errors import UserError
 from .eval_verb import add_eval
 from .plan_verb import add_plan
+from .serve_verb import add_serve
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
 
@@ -56,7 +57,7 @@ def _add_backend(parser: Parser, default: str) -> None:
         "--backend",
         default=default,
         metavar="NAME",
-        help="auto (the default), cpu, cuda, rocm, ascend, or one that another package registers",
+        help="auto (the default), cpu, cpu-invariant, cuda, rocm, ascend, or one that another package registers",
     )
 
 
@@ -171,6 +172,7 @@ VERBS: tuple[Callable[[Verbs], None], ...] = (
     add_plan,
     add_generate,
     add_chat,
+    add_serve,
 )
 
 
@@ -217,6 +219,6 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help(sys.stderr)
         return 2
     import_module(".backends", __package__)  # so that `activate_backend` knows them: the wings below do not
-    import_module(".core.generate", __package__).maker = _engine_rollout
+    import_module(".core.generate", __package__).generate_with(_engine_rollout)
     module, function = args.run.split(":")
     return getattr(import_module(f".{module}", __package__), function)(args) or 0

@@ -140,12 +140,18 @@ class SimpleRollout:
         batch.report_experts()
 
 
+_maker: Callable[..., Rollout] = SimpleRollout
+
+
 def make_rollout(model: DeepseekV3, decode: Callable[[list[int]], str] | None = None) -> Rollout:
-    """What generates with `model` here: the simple implementation, or what `maker` was set to."""
-    return maker(model, decode)
+    """What generates with `model` here: the simple implementation, or what `generate_with` named."""
+    return _maker(model, decode)
 
 
-maker: Callable[..., Rollout] = SimpleRollout  # the command line puts the serving engine here; this floor knows none
+def generate_with(maker: Callable[..., Rollout]) -> None:
+    """Have `make_rollout` call `maker`: the command line puts the serving engine here, which this floor cannot know."""
+    global _maker
+    _maker = maker
 
 
 class _Batch:

@@ -8,6 +8,7 @@ in a step helps the others with its experts. See parallel/inference.py.
 import torch
 from torch import Tensor
 
+from ..core.config import ModelConfig
 from ..core.model import DeepseekV3
 from ..parallel.channel import Channel
 from ..parallel.inference import idle
@@ -22,10 +23,10 @@ STEP, STOP = "step", "stop"
 
 
 class Member:
-    """A rank: computes its group's part of each step."""
+    """A rank: computes its group's part of each step. whole: the configuration of the whole model."""
 
-    def __init__(self, model: DeepseekV3, mesh: Mesh, settings: RunnerSettings) -> None:
-        self.mesh, self.settings = mesh, settings
+    def __init__(self, model: DeepseekV3, mesh: Mesh, settings: RunnerSettings, whole: ModelConfig) -> None:
+        self.mesh, self.settings, self.whole = mesh, settings, whole
         computing = ComputeSettings(
             settings.num_blocks, settings.rows, settings.cache_dtype, settings.speculative_tokens
         )
@@ -68,7 +69,7 @@ class GroupRunner:
     def __init__(self, member: Member, channel: Channel) -> None:
         self.member, self.channel, self.settings = member, channel, member.settings
         self.shards, self.num_blocks = member.mesh.dp, member.settings.num_blocks
-        cache, config = member.computer.cache, member.model.config
+        cache, config = member.computer.cache, member.whole
         self.page_size, self.vocab_size = cache.page_size, config.vocab_size
         pages = cache.pages_for(config.max_position_embeddings)
         self.rows = [Rows(self.settings.rows, pages) for _ in range(self.shards)]

@@ -39,7 +39,7 @@ def serve(tp: int, dp: int, speculative: int) -> None:
     """All requests through an engine over the mesh; every text is what the whole model makes of it."""
     mesh, channel = Mesh.over_world(tp, dp), Channel()
     model = spread(random_model(V3, 0), mesh)
-    member = Member(model, mesh, RunnerSettings(12, 8, None, speculative))
+    member = Member(model, mesh, RunnerSettings(12, 8, None, speculative), V3)
     if mesh.rank:
         follow(member, channel)
         return
