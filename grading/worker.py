@@ -52,11 +52,15 @@ class Worker:
     """Calls `function` of the file `module` with arguments and results that JSON can say. Any thread may use it.
 
     timeout: CPU seconds a call may take (and `WAITING` times as much on the clock). memory_mib: its address space.
+    argument: if given, the server calls `function` with it once, and what that returns is what it makes the calls of.
     An exception in the function counts as a crash of that call. Started by the first call; a context manager.
     """
 
-    def __init__(self, module: Path, function: str, timeout: float, memory_mib: int = 4096):
+    def __init__(
+        self, module: Path, function: str, timeout: float, memory_mib: int = 4096, argument: str | None = None
+    ):
         self.module, self.function, self.timeout, self.memory_mib = module, function, timeout, memory_mib
+        self._argument = argument
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._close: Callable[[], Any] = lambda: None
@@ -100,6 +104,7 @@ class Worker:
         # -P: the script's own folder must not be importable, it may hold names of the standard library.
         # Fixed hashes: the order of sets must not decide what a symbolic comparison finds.
         settings = [str(self.module), self.function, str(self.timeout), str(self.memory_mib)]
+        settings += [] if self._argument is None else [self._argument]
         self._server = subprocess.Popen(
             [sys.executable, "-P", __file__, *settings],
             stdin=subprocess.PIPE,
@@ -165,7 +170,7 @@ def _read(fd: int, size: int, timeout: float | None) -> bytes:
 # ---- The server: what runs when this file is a script.
 
 
-def _serve(module: str, function: str, timeout: float, memory_mib: int) -> None:
+def _serve(module: str, function: str, timeout: float, memory_mib: int, *argument: str) -> None:
     # What the module prints must not get between the messages.
     requests, replies = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -173,6 +178,8 @@ def _serve(module: str, function: str, timeout: float, memory_mib: int) -> None:
     os.dup2(null, 1)
     try:
         call = _load(Path(module), function)
+        if argument:
+            call = call(*argument)
     except BaseException as error:
         return _send(replies, f"{type(error).__name__}: {error}")
     _send(replies, None)
@@ -268,4 +275,4 @@ def _compute(call: Callable[..., Any], calls: list[list[Any]], timeout: float, m
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
+    _serve(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

@@ -93,6 +93,17 @@ def test_a_batch_has_a_process_that_nothing_else_sees(worker: Worker):
         os.kill(first.value, 0)
 
 
+def test_the_server_can_prepare_what_it_calls(tmp_path: Path):
+    script = tmp_path / "counting.py"
+    script.write_text(
+        "import os\ndef ready(text):\n    made = os.getpid()\n    return lambda more: [text + more, made]\n"
+    )
+    with Worker(script, "ready", timeout=0.3, argument="a") as worker:
+        (first,), (second,) = worker.map([("b",)]), worker.map([("c",)])
+    assert [first.value[0], second.value[0]] == ["ab", "ac"]
+    assert first.value[1] == second.value[1]  # once, before the processes of the batches
+
+
 def test_any_thread_may_call(worker: Worker):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: worker.map([("say", i), ("raise",)])[0].value, range(12)))
