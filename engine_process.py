@@ -120,7 +120,9 @@ def _runner(options: EngineOptions) -> "tuple[Runner, ModelConfig, str]":
     device, backend = _activated(options)
     model = DeepseekV3.from_pretrained(options.directory, device=device, dtype=_dtype(options), fp8=options.fp8)
     model.pack()
-    return ModelRunner(model, _settings(model, options)), model.config, backend
+    runner = ModelRunner(model, replace(_settings(model, options), captured=device != "cpu"))
+    runner.warm()
+    return runner, model.config, backend
 
 
 def _member(options: EngineOptions) -> "tuple[Member, Channel, str]":
@@ -167,13 +169,19 @@ def _dtype(options: EngineOptions) -> torch.dtype | None:
 
 
 def _settings(model: "DeepseekV3", options: EngineOptions) -> "RunnerSettings":
-    from .ops.formats import E4M3
     from .serving.runner import RunnerSettings
 
-    kept = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": E4M3}[options.cache]
+    kept = cache_dtype(options.cache)
     context = _context(options.context, model.config.max_position_embeddings)
     pages = _pages(model, kept, options, context)
     return RunnerSettings(pages, options.requests, kept, options.speculative_tokens, options.batch_invariant)
+
+
+def cache_dtype(name: str) -> torch.dtype | None:
+    """Of --cache; None is the weights'."""
+    from .ops.formats import E4M3
+
+    return {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": E4M3}[name]
 
 
 def _context(wanted: int, most: int) -> int:

@@ -15,6 +15,7 @@ from ..core.cache import MixedStep, PagedCache, PagedStep, Part
 from ..core.model import DeepseekV3
 from ..core.step import Routing, Step
 from ..ops.sampling import log_probability, sample
+from .graphs import DecodeGraphs
 from .sampler import choose, likeliest
 from .step import StepInput, StepOutput
 
@@ -26,6 +27,7 @@ class ComputeSettings:
     """num_blocks: pages of the cache. rows: of requests, see batch.Rows. speculative_tokens: drafted per step.
 
     ahead: steps come before the tokens of the last one are known to whoever plans them.
+    captured: replay decoding steps, see graphs.
     """
 
     num_blocks: int
@@ -33,6 +35,7 @@ class ComputeSettings:
     cache_dtype: torch.dtype | None = None
     speculative_tokens: int = 0
     ahead: bool = False
+    captured: bool = False
 
 
 def able_to_draft(step: StepInput, depth: int) -> Tensor:
@@ -55,8 +58,11 @@ class Computer:
         self.model, self.settings, self.config = model, settings, model.config
         weight = next(model.model.norm.parameters())
         self.device = weight.device
-        self.cache = PagedCache(self.config, settings.num_blocks, settings.cache_dtype or weight.dtype, self.device)
+        spare = int(settings.captured)
+        dtype = settings.cache_dtype or weight.dtype
+        self.cache = PagedCache(self.config, settings.num_blocks + spare, dtype, self.device)
         self.num_blocks = settings.num_blocks
+        self.graphs = DecodeGraphs(model, self.cache, settings.num_blocks) if settings.captured else None
         self.last = torch.zeros(settings.rows, dtype=torch.int64, device=self.device)
         self.expert_log: Tensor | None = None  # i16 [slots, layers with experts, k], once somebody wants to know
 
@@ -67,20 +73,22 @@ class Computer:
     def run(self, step: StepInput) -> StepOutput:
         if step.copies.shape[1]:
             self._copy(step.copies)
-        bound, cu_seqlens, max_len = self._bind(step)
-        hidden, described = self._forward(step, bound, cu_seqlens, max_len)
+        replayed = self.graphs is not None and self.graphs.fits(step)
+        hidden, logits, described = self._replayed(step) if replayed else self._forward(step)
         report = self._report(step, hidden)
         if not len(step.sampled):
             if self.settings.speculative_tokens:
-                self.model.mtp(0, hidden, self._there(step.following), described)
+                self._module(step, hidden, self._there(step.following), described)
             return self._output(step, None, report)
         places, positions = self._there(step.sampled), self._there(step.next_positions)
-        logits = self.model.head(hidden[places.clamp(min=0).flatten()]).float().view(*places.shape, -1)
+        if logits is None:
+            logits = self.model.head(hidden[places.clamp(min=0).flatten()])
+        logits = logits.float().view(*places.shape, -1)
         settings = [self._there(column) for column in step.settings]
         tokens, logprobs, accepted = choose(logits, step, settings, positions)
         drafts = None
         if self.settings.speculative_tokens:
-            predicted = self.model.mtp(0, hidden, self._following(step, places, tokens), described)
+            predicted = self._module(step, hidden, self._following(step, places, tokens), described)
             drafts = self._draft(step, predicted, tokens, accepted, places, settings, positions)
         if self.settings.ahead:
             self.last[self._there(step.sampled_rows)] = tokens[:, 0]
@@ -108,18 +116,35 @@ class Computer:
     def _bounds(self, lengths: Tensor) -> Tensor:
         return self._there(pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
 
-    def _forward(self, step: StepInput, bound: MixedStep, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Step]:
-        """Hidden states [T, D] behind the final norm, and the pass as the model describes it."""
-        tokens = self._there(step.tokens)
-        if self.settings.ahead:
-            tokens = torch.where(tokens < 0, self.last[self._there(step.rows)], tokens)
+    def _forward(self, step: StepInput) -> tuple[Tensor, None, Step]:
+        """Hidden states [T, D] behind the final norm, no logits yet, and the pass as the model describes it."""
+        bound, cu_seqlens, max_len = self._bind(step)
         routing = Routing() if step.record else None
         described = self.model.step(self._there(step.positions), cu_seqlens, max_len, bound, routing, bound.longest)
-        hidden = self.model.model.norm(self.model.blocks(self.model.embed(tokens), described))
+        hidden = self.model.model.norm(self.model.blocks(self.model.embed(self._tokens(step)), described))
         if routing is not None and routing.experts:
             self._log_experts(bound.slots, routing)
         described.routing = None  # MTP modules keep no log
-        return hidden, described
+        return hidden, None, described
+
+    def _replayed(self, step: StepInput) -> tuple[Tensor, Tensor, None]:
+        """Hidden states [T, D] and logits [T, V], of which those of [B, K + 1] are the first, in order."""
+        assert self.graphs is not None
+        hidden, logits = self.graphs.main(step, self._tokens(step))
+        return hidden, logits, None
+
+    def _tokens(self, step: StepInput) -> Tensor:
+        tokens = self._there(step.tokens)
+        if self.settings.ahead:
+            tokens = torch.where(tokens < 0, self.last[self._there(step.rows)], tokens)
+        return tokens
+
+    def _module(self, step: StepInput, hidden: Tensor, following: Tensor, described: Step | None) -> Tensor:
+        """The MTP module over all tokens of the step: its part of the cache must know them all."""
+        if described is not None:
+            return self.model.mtp(0, hidden, following, described)
+        assert self.graphs is not None
+        return self.graphs.module(step, hidden, following)
 
     def _copy(self, copies: Tensor) -> None:
         sources, targets = copies.tolist()
@@ -129,7 +154,8 @@ class Computer:
             pages[self._there(copies[1])] = pages[self._there(copies[0])]
 
     def grow(self, num_blocks: int) -> None:
-        """Make the cache larger; what it holds stays where it is."""
+        """Make the cache larger; what it holds stays where it is. Not of one whose address is captured."""
+        assert self.graphs is None
         self.cache.rearrange(num_blocks, {block: block for block in range(self.num_blocks)})
         if self.expert_log is not None:
             more = (num_blocks - self.num_blocks) * self.cache.page_size

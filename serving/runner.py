@@ -54,6 +54,7 @@ class RunnerSettings:
     """num_blocks: pages of the cache. requests: that may run at a time. speculative_tokens: drafted per step.
 
     per_token: for backends whose kernels are batch-invariant: every token is computed as if it were alone.
+    captured: replay decoding steps (graphs); the cache cannot grow then.
     """
 
     num_blocks: int
@@ -61,6 +62,7 @@ class RunnerSettings:
     cache_dtype: torch.dtype | None = None
     speculative_tokens: int = 0
     per_token: bool = False
+    captured: bool = False
 
     @property
     def rows(self) -> int:
@@ -77,7 +79,12 @@ class ModelRunner:
         self.settings, self.config = settings, model.config
         self.ahead = model.model.norm.weight.device.type != "cpu" and not settings.speculative_tokens
         computing = ComputeSettings(
-            settings.num_blocks, settings.rows, settings.cache_dtype, settings.speculative_tokens, self.ahead
+            settings.num_blocks,
+            settings.rows,
+            settings.cache_dtype,
+            settings.speculative_tokens,
+            self.ahead,
+            settings.captured,
         )
         self.computer = Computer(model, computing)
         self.page_size = self.computer.cache.page_size
@@ -96,6 +103,13 @@ class ModelRunner:
 
     def resolve(self, launched: tuple[list[Work], StepOutput]) -> list[tuple[Work, Sampled]]:
         return results(*launched)
+
+    def warm(self) -> None:
+        """Capture the steps that will be replayed, before the first request."""
+        graphs, drafts = self.computer.graphs, self.settings.speculative_tokens
+        if graphs is not None:
+            with torch.inference_mode():
+                graphs.warm((1, 1 + drafts) if drafts else (1,), self.settings.requests)
 
     def beat(self) -> None:
         """Nobody waits for a sign of life."""

@@ -89,6 +89,18 @@ def test_a_cache_in_fp8_gives_what_it_gives_plain_generation():
     assert got[0].tokens[:4] == want.token_ids[:4]  # chunks round differently, and the cache has few bits
 
 
+@pytest.mark.parametrize("speculative", [0, 2])
+def test_replayed_steps_give_the_same_texts(speculative):
+    asked = [as_request((i, 5 + 30 * i, 12, i, 0.8)) for i in range(5)]
+    runner = ModelRunner(MODEL, RunnerSettings(40, 8, None, speculative, captured=True))
+    runner.warm()
+    one = Engine(runner, EngineSettings(400, 64, 40 * runner.page_size))
+    got = run(one, asked)
+    assert runner.computer.graphs.replays > 5
+    for id, (prompt, params) in enumerate(asked):
+        assert got[id].tokens == alone(prompt, params).token_ids
+
+
 def test_one_step_decodes_some_and_prefills_others():
     one = engine()
     first, second = as_request((0, 20, 30, 1, 0.8)), as_request((2, 90, 5, 2, 0.8))
