@@ -32,6 +32,8 @@ from .guide_text import WHAT, grammar_text
 from .guide_vocabulary import Mask, Vocabulary
 
 COMPILE_SECONDS = 0.5  # of CPU, in the trial; what passes takes as much again in here
+TOO_LONG = f"it takes longer than {COMPILE_SECONDS} s to compile"
+TOO_LARGE = "it is nested too deeply, or takes too much memory"
 SLOWEST = 0.5  # seconds of CPU over one mask, in the engine's own thread; then the guide is given up
 KEPT = 64  # grammars that stay compiled
 BREAKS = 2  # tokens of line breaks that may stand between the thought and the guided text
@@ -77,7 +79,8 @@ class Guides:
         text = grammar_text(guide, self._specials)
         problem = self._prove(text)
         if problem is not None:
-            for i in range(len(guide.tools) if len(guide.tools) > 1 else 0):
+            # Alone, each takes less than all together; where those took too long, nobody waits for each.
+            for i in range(len(guide.tools) if problem not in (TOO_LONG, TOO_LARGE) else 0):
                 alone = grammar_text(replace(guide, tools=guide.tools[i : i + 1]), self._specials)
                 if (cause := self._prove(alone)) is not None:
                     raise UserError(f"the parameters of tool {i} cannot guide a text: {cause}")
@@ -92,9 +95,9 @@ class Guides:
         self._vocabulary.write(self._file)
         answer = self._trial.map([[text]])[0]
         if answer.failure == "timeout":
-            return f"it takes longer than {COMPILE_SECONDS} s to compile"
+            return TOO_LONG
         if answer.failure == "crash":
-            return "it is nested too deeply, or takes too much memory"
+            return TOO_LARGE
         return None if answer.value is None else one_line(answer.value)
 
 

@@ -135,7 +135,7 @@ TEXTS: dict[str, tuple[Guide, Callable[[str], bool]]] = {
         Guide("grammar", 'start: sum\nsum: N ("+" N)*  // & is a comment here\nN: /[0-9]+/ | "(~)" ~ 2'),
         re.compile(r"(\d+|\(~\)\(~\))(\+(\d+|\(~\)\(~\)))*").fullmatch,
     ),
-}  # type: ignore[dict-item]
+}
 
 
 @pytest.mark.parametrize("kind", TEXTS)
