@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from . import __version__
+from .batch_verb import add_batch
 from .bench_verb import add_bench
 from .errors import UserError
 from .eval_verb import add_eval
@@ -173,6 +174,7 @@ VERBS: tuple[Callable[[Verbs], None], ...] = (
     add_generate,
     add_chat,
     add_serve,
+    add_batch,
 )
 
 
