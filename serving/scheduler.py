@@ -82,31 +82,35 @@ class Scheduler:
 
     def step(self) -> Plan | None:
         """The next step, or None where nothing can be done before an earlier one is resolved."""
-        decoding = [r for r in self.running if len(r.tokens) - r.computed == 1 and not self._blind(r)]
-        if short := [r for r in decoding if r.capacity < len(r.tokens) + len(r.draft)]:
-            for request in short:
-                if request.running:
-                    self._grow(request)
-            decoding = [r for r in decoding if r.running and r.capacity >= len(r.tokens) + len(r.draft)]
-        works = [Work(r, r.computed, 1 + len(r.draft), True) for r in decoding]
+        works, preemptions = [], self.preemptions
+        tokens = context = 0
+        for request in list(self.running):  # one pass: with hundreds of requests, it is what a step costs here
+            start = request.computed
+            if not start + 1 == len(request.tokens) < request.limit or (request.unresolved and self._blind(request)):
+                continue
+            if request.capacity <= start + len(request.draft) and not self._grow(request):
+                continue
+            count = 1 + len(request.draft)
+            works.append(Work(request, start, count, True))
+            tokens += count
+            context += start
+        if self.preemptions != preemptions:
+            works = [work for work in works if work.request.running]
+            tokens, context = sum(work.count for work in works), sum(work.start for work in works)
         plan = Plan(works)
-        tokens, context = sum(w.count for w in works), sum(w.start for w in works)
         seconds = self.limits.seconds - self.cost.step - tokens * self.cost.token - context * self.cost.context
         self._prefill(plan, seconds if works else float("inf"), self.limits.tokens - tokens)
         return plan if plan.works else None
 
     def _blind(self, request: Request) -> bool:
-        """Must its last token be known here before the next one can be chosen, or is it the last it may have?"""
-        if len(request.tokens) >= request.limit:
-            return True
-        params = request.params
-        return request.unresolved > 0 and (params.penalized or params.guide is not None)
+        """Must its last token be known here before the next one can be chosen?"""
+        return request.changes_logits and (request.params.penalized or request.params.guide is not None)
 
     def _prefill(self, plan: Plan, seconds: float, room: int) -> None:
         """Chunks of prompts within `seconds` and `room` tokens, at least a small one."""
         least = LEAST_CHUNK if room > 0 else 0
-        for request in self.running:
-            if len(request.tokens) - request.computed > 1:
+        if len(plan.works) < len(self.running):
+            for request in [r for r in self.running if len(r.tokens) - r.computed > 1]:
                 seconds, room, least = self._chunk(plan, request, seconds, room, least)
         while self.waiting and room > 0 and (seconds > 0 or least) and len(self.running) < self.limits.running:
             admitted = self._admit(plan)
@@ -122,23 +126,23 @@ class Scheduler:
         plan.works.append(Work(request, start, count, count == rest))
         return seconds - self.cost.of_chunk(start, count), room - count, max(least - count, 0)
 
-    def _grow(self, request: Request) -> None:
-        """Give a decoding request room for its next tokens; without its draft, or by preempting the youngest."""
+    def _grow(self, request: Request) -> bool:
+        """Give a decoding request room for its next tokens; without its draft, or by preempting the youngest. Has it
+        room now?"""
         pool = self.pools[request.shard]
-        while True:
+        while request.running:
             wanted = pool.blocks_for(len(request.tokens) + len(request.draft)) - len(request.blocks)
             if wanted <= pool.available:
                 self._hold(request, pool.take(wanted))
-                return
+                return True
             if request.draft:
                 request.draft = []
                 continue
             youngest = next((r for r in reversed(self.running) if r.shard == request.shard and not r.in_flight), None)
             if youngest is None:
-                return  # everyone's last step is under way: its end frees blocks, or lets somebody be preempted
+                return False  # everyone's last step is under way: its end frees blocks, or lets somebody be preempted
             self._preempt(youngest)
-            if youngest is request:
-                return
+        return False
 
     def _hold(self, request: Request, blocks: list[int]) -> None:
         request.blocks += blocks
@@ -251,11 +255,12 @@ class Scheduler:
         else:
             request.computed = work.start + work.count
             if work.sample:
-                request.computed -= 1 + len(request.draft) - len(tokens)
-                request.tokens += tokens
+                request.computed += len(tokens) - len(request.draft) - 1
+                request.tokens.extend(tokens)
                 request.draft = []
         if request.running:
-            self._name_blocks(request)
+            if request.computed // self.page > request.named:
+                self._name_blocks(request)
         elif not request.in_flight:
             self._release(request)
 
