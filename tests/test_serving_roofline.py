@@ -10,7 +10,6 @@ from dsv3 import ModelConfig, UserError
 from dsv3.doctor import count_parameters
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.share import Share
-from dsv3.serving.batch import ABSORBED
 from dsv3.serving.nodes import DEVICES, Node
 from dsv3.serving.roofline import Chunk, Layout, Roofline, held_by_rank, ideal_layout, mesh_layout
 
@@ -125,7 +124,7 @@ def test_chunks_take_the_form_of_attention_that_is_cheaper():
     assert v3.attention(few) == in_latents.attention(few) < expanding.attention(few)
     assert v3.attention(many) == expanding.attention(many) < in_latents.attention(many)
     assert v3.break_even == pytest.approx(323, abs=1)
-    assert plan("8xh200", "tp", absorbed=ABSORBED).attention(Chunk(0, 512)) == v3.attention(Chunk(0, 512))
+    assert plan("8xh200", "tp", absorbed=4).attention(Chunk(0, 512)) == v3.attention(Chunk(0, 512))
 
 
 # --- what must hold anywhere ---
