@@ -39,7 +39,6 @@ UNSUPPORTED: dict[str, tuple[bytes, ...]] = {
 
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _PLACE = re.compile(r" - at `(?:(?:key|value)` in `)?\$\.?([^`]*)`$")
-_QUOTED = re.compile(r"'.*'", re.DOTALL)
 
 
 def decode(body: bytes, kind: type[T]) -> T:
@@ -71,6 +70,6 @@ def _misfit(text: str) -> BadRequest:
         return BadRequest(f"{param} is required", param, "missing_required_parameter")
     if what.startswith(("Invalid enum value", "Invalid value")):
         what = "not one of the values that are known here"
-    what = _QUOTED.sub("...", what).replace("`", "")
+    what = what.replace("`", "")
     what = what[0].lower() + what[1:]
     return BadRequest(f"{param or 'the body'}: {what}", param or None, "invalid_value")
