@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .engine_args import add_engine, add_format, chat_format, engine_options, names, need_libraries
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +26,14 @@ def add_serve(verbs: "Verbs") -> None:
     parser = verbs.add("serve", "serve_verb:run", "Serve a model behind OpenAI's and DeepSeek's API.")
     add_pretrained(parser)
     _add_network(parser)
-    _add_engine(parser)
-    _add_chats(parser)
+    help = "milliseconds that a step may take while texts are written: bounds the pause that a long prompt causes"
+    add_engine(parser).add_argument(
+        "--step-ms", type=float, default=50.0, metavar="MS", help=f"{help} (default %(default)s)"
+    )
+    chats = parser.add_argument_group("chats")
+    add_format(chats)
+    help = "write reasoning under `reasoning` too, besides reasoning_content"
+    chats.add_argument("--also-reasoning", action="store_true", help=help)
 
 
 def _add_network(parser: "Parser") -> None:
@@ -51,116 +58,30 @@ def _add_network(parser: "Parser") -> None:
     group.add_argument("--max-queued", type=int, default=256, metavar="N", help=help)
 
 
-def _add_engine(parser: "Parser") -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--context", type=int, default=0, metavar="N", help="tokens of the longest text (default: the model's)"
-    )
-    help = "type of the latent cache: auto (the weights'), bfloat16, float32, fp8 (656 bytes a token and layer in V3)"
-    group.add_argument(
-        "--cache", choices=("auto", "bfloat16", "float32", "fp8"), default="auto", metavar="TYPE", help=help
-    )
-    help = "size of the cache (default: a quarter of the free memory of a CPU, 0.9 of a GPU's)"
-    group.add_argument("--cache-gib", type=float, default=0.0, metavar="GIB", help=help)
-    help = "requests that run at a time (default %(default)s)"
-    group.add_argument("--max-running", type=int, default=256, metavar="N", help=help)
-    help = "milliseconds that a step may take while texts are written: bounds the pause that a long prompt causes"
-    group.add_argument("--step-ms", type=float, default=50.0, metavar="MS", help=f"{help} (default %(default)s)")
-    help = "tokens that the MTP module drafts per step; the text stays the same (default %(default)s: off)"
-    group.add_argument("--speculative-tokens", type=int, default=0, metavar="N", help=help)
-    group.add_argument("--no-prefix-caching", action="store_true", help="do not share computed beginnings of texts")
-    help = "the same seed gives the same text whatever else runs: slower kernels (cpu only)"
-    group.add_argument("--batch-invariant", action="store_true", help=help)
-    help = "under torchrun: groups of processes with requests of their own (data-parallel attention); default 1"
-    group.add_argument("--dp", type=int, default=1, metavar="N", help=help)
-    group.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="of the CPU for the engine (default: torch's)"
-    )
-
-
-def _add_chats(parser: "Parser") -> None:
-    group = parser.add_argument_group("chats")
-    help = "name that clients ask for, may be given several times (default: the directory's)"
-    group.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=help)
-    formats = ("auto", "v3", "r1", "v3.1", "kimi-k2", "moonlight", "none")
-    help = "chat format: %(choices)s; auto goes by the tokenizer, none serves plain completions only"
-    group.add_argument("--format", choices=formats, default="auto", metavar="FORMAT", help=help)
-    help = "reason first where the format leaves that open and a request does not say"
-    group.add_argument("--thinking", action="store_true", help=help)
-    help = "write reasoning under `reasoning` too, besides reasoning_content"
-    group.add_argument("--also-reasoning", action="store_true", help=help)
-
-
 def run(args: argparse.Namespace) -> int:
     from .engine_process import follow
     from .talk import open_source
 
+    need_libraries("dsv3 serve")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     source = open_source(args.model, args.revision)
-    options = _engine_options(args, source)
+    options = engine_options(args, source, args.step_ms)
+    if args.drain < 0:
+        raise UserError("--drain must not be negative")
     if int(os.environ.get("RANK", "0")):
         follow(options)
         return 0
     return asyncio.run(_serve(args, source, options))
 
 
-def _engine_options(args: argparse.Namespace, source: "Source") -> "EngineOptions":
-    """What the options say. Raises UserError for what cannot be, before anything is loaded."""
-    from .engine_process import EngineOptions
-
-    positive = {
-        "--max-running": args.max_running,
-        "--step-ms": args.step_ms,
-        "--dp": args.dp,
-        "--drain": args.drain + 1,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{name} must be above 0")
-    if args.speculative_tokens < 0 or args.speculative_tokens > 8:
-        raise UserError("--speculative-tokens must be between 0 and 8")
-    if args.speculative_tokens and not source.config.num_nextn_predict_layers:
-        raise UserError("--speculative-tokens drafts with the MTP module, and this model has none; leave it out")
-    if args.context < 0 or args.cache_gib < 0 or args.threads < 0:
-        raise UserError("--context, --cache-gib and --threads must not be negative")
-    return EngineOptions(
-        directory=str(source.directory),
-        name=_names(args, source)[0],
-        backend=args.backend,
-        dtype=args.dtype,
-        fp8=args.fp8,
-        context=args.context,
-        cache=args.cache,
-        cache_gib=args.cache_gib,
-        requests=args.max_running,
-        step_ms=args.step_ms,
-        speculative_tokens=args.speculative_tokens,
-        prefix_caching=not args.no_prefix_caching,
-        batch_invariant=args.batch_invariant,
-        ends=tuple(sorted(source.end_tokens())),
-        threads=args.threads,
-        dp=args.dp,
-    )
-
-
-def _names(args: argparse.Namespace, source: "Source") -> tuple[str, ...]:
-    return tuple(args.served_model_name) or (source.directory.name,)
-
-
 def _settings(args: argparse.Namespace, source: "Source") -> Any:
-    from .conversation import choose_format
     from .serving.api.settings import Settings
 
-    format = None
-    if args.format != "none":
-        try:
-            format = choose_format(source.tokenizer, source.config, args.format, args.thinking)
-        except UserError:
-            if args.format != "auto" or args.thinking:
-                raise
-            logging.getLogger(__name__).info("the tokenizer has no chat tokens: plain completions only")
+    format = chat_format(args, source)
+    if format is None and args.format == "auto":
+        logging.getLogger(__name__).info("the tokenizer has no chat tokens: plain completions only")
     return Settings(
-        models=_names(args, source),
+        models=names(args, source),
         format=format,
         thinking=args.thinking,
         also_reasoning=args.also_reasoning,
