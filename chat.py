@@ -2,12 +2,13 @@
 
 In a terminal the reply streams, what the model thinks is dimmed, Ctrl-C stops a reply and Ctrl-D leaves. Where
 standard input or output is not a terminal, every line is a message, as it stands (there are no commands); its reply is
-printed as plain text, reasoning between `<think>` and `</think>`, and an error ends the run.
+printed as plain text, reasoning between `<think>` and `</think>`, and an error ends the run. With --verify, how many
+replies agreed stands below the reply, dimmed; where output is no terminal, it goes to standard error.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from typing import TextIO
 
@@ -15,10 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import talk
-from .conversation import Conversation, choose_format
+from .conversation import Conversation, Piece, agreement, choose_format
 from .core.encoding import stop_token
 from .errors import UserError
 
+MOST_REPLIES = 64
+STOPPED = "Stopped."
 HELP = """\
 /reset         begin a new conversation; the system message stays
 /system TEXT   set the system message; without TEXT, remove it
@@ -32,18 +35,25 @@ def run(args: argparse.Namespace) -> None:
     source = talk.open_source(args.model, args.revision)
     format = choose_format(source.tokenizer, source.config, args.format, args.thinking)
     params = talk.sampling(args, source, source.end_tokens(stop_token(format)))
+    if not 1 <= args.verify <= MOST_REPLIES:
+        raise UserError(f"--verify must be between 1 and {MOST_REPLIES}")
+    if args.verify > 1 and params.temperature == 0:
+        raise UserError("--verify: at --temperature 0 all replies are the same; leave one of them out")
+
+    def conversation() -> Conversation:
+        rollout = source.load(args, args.cache, args.speculative_tokens)
+        return Conversation(rollout, source.tokenizer, format, params, args.thinking, args.system, args.verify)
+
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        conversation = Conversation(source.load(args), source.tokenizer, format, params, args.thinking, args.system)
-        answer_lines(conversation, sys.stdin, sys.stdout)
+        answer_lines(conversation(), sys.stdin, sys.stdout)
         return
     console = Console(highlight=False)
     with console.status(f"loading {escape(args.model)}"):
-        rollout = source.load(args)
-    conversation = Conversation(rollout, source.tokenizer, format, params, args.thinking, args.system)
+        loaded = conversation()
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then edits lines and remembers them
-    dim(console, f"{args.model}: format {format}, context of {conversation.context} tokens. /help lists the commands.")
-    in_terminal(conversation, console, input)
+    dim(console, f"{args.model}: format {format}, context of {loaded.context} tokens. /help lists the commands.")
+    in_terminal(loaded, console, input)
 
 
 def answer_lines(conversation: Conversation, lines: Iterable[str], out: TextIO) -> None:
@@ -65,6 +75,8 @@ def answer_lines(conversation: Conversation, lines: Iterable[str], out: TextIO) 
             out.flush()
         out.write(to_line_start(written))
         out.flush()
+        if conversation.verdict is not None:
+            print(agreement(conversation.verdict), file=sys.stderr)
 
 
 def to_line_start(written: str) -> str:
@@ -112,7 +124,7 @@ def answer(conversation: Conversation, console: Console, message: str) -> None:
     thinking = fresh_line = False
     try:
         with closing(conversation.ask(message)) as pieces:
-            for piece in pieces:
+            for piece in _drawn(conversation, console, pieces):
                 text = talk.harmless(piece.text)
                 if thinking and not piece.reasoning:
                     console.print("\n" if fresh_line else "\n\n", end="")
@@ -123,14 +135,26 @@ def answer(conversation: Conversation, console: Console, message: str) -> None:
         if conversation.finish_reason == "length":
             end = "The reply was cut off: --max-tokens, or the context, was used up."
     except KeyboardInterrupt:
-        end = "Stopped."
+        end = STOPPED
     except UserError as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         return
     if not fresh_line:
         console.print()
+    if conversation.verdict is not None and end != STOPPED:
+        dim(console, agreement(conversation.verdict))
     if end:
         dim(console, end)
+
+
+def _drawn(conversation: Conversation, console: Console, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces; where they come only after several replies, with a word while these are drawn."""
+    if conversation.verify > 1:
+        with console.status(f"drawing {conversation.verify} replies"):
+            first = next(pieces, None)
+        if first is not None:
+            yield first
+    yield from pieces
 
 
 def dim(console: Console, text: str) -> None:

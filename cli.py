@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .batch_verb import add_batch
 from .bench_verb import add_bench
+from .engine_args import add_decoding
 from .errors import UserError
 from .eval_verb import add_eval
 from .plan_verb import add_plan
@@ -114,6 +115,7 @@ def add_generate(verbs: Verbs) -> None:
     help = "how many samples; the first has the seed S, the second S + 1, ... (default 1)"
     parser.add_argument("-n", dest="samples", type=int, default=1, metavar="SAMPLES", help=help)
     add_sampling(parser, max_tokens=256)
+    add_decoding(parser.add_argument_group("engine"))
     help = "print a JSON object per sample, one a line: text, token_ids, logprobs, finish_reason, seed"
     parser.add_argument("--json", action="store_true", help=help)
 
@@ -128,7 +130,10 @@ def add_chat(verbs: Verbs) -> None:
     parser.add_argument("--format", choices=formats, default="auto", metavar="FORMAT", help=help)
     help = "let the model reason before it answers, where the format leaves that open (v3.1)"
     parser.add_argument("--thinking", action="store_true", help=help)
+    help = "draw K replies to each message and show the one whose final answer most of them give; for short answers"
+    parser.add_argument("--verify", type=int, default=1, metavar="K", help=help)
     add_sampling(parser, max_tokens=4096)
+    add_decoding(parser.add_argument_group("engine"))
 
 
 def add_quickstart(verbs: Verbs) -> None:

@@ -16,6 +16,7 @@ from .core.reply_stream import ReplyStream, opens_reasoning
 from .core.special_tokens import Special
 from .core.tokenizer import Tokenizer
 from .errors import UserError
+from .serving.verify import Verification, decide
 from .talk import draw_seed
 
 
@@ -50,6 +51,8 @@ class Conversation:
     """system, messages: what was said so far; both may be changed between turns.
 
     params: of every reply; without a seed each reply draws one.
+    verify: replies that are drawn to each message, with seeds that follow each other; the one whose final answer most
+        of them give becomes the reply. Its pieces come when all are drawn, and `verdict` says how many agreed.
     finish_reason: of the last reply ("stop" or "length"), None if it was not let finish.
     """
 
@@ -61,11 +64,13 @@ class Conversation:
         params: SamplingParams,
         thinking: bool = False,
         system: str | None = None,
+        verify: int = 1,
     ) -> None:
         self.rollout, self.tokenizer, self.format, self.params = rollout, tokenizer, format, params
-        self.thinking, self.system = thinking, system
+        self.thinking, self.system, self.verify = thinking, system, verify
         self.messages: list[dict[str, str]] = []
         self.finish_reason: str | None = None
+        self.verdict: Verification | None = None
 
     @property
     def context(self) -> int:
@@ -92,20 +97,52 @@ class Conversation:
         nothing had come, the message is as good as never sent."""
         ids = self.prompt(text)
         params = replace(self.params, seed=draw_seed()) if self.params.seed is None else self.params
-        thinks = opens_reasoning(self.tokenizer, ids)
-        reply = ReplyStream(self.tokenizer, self.format, thinks, stop=params.stop, end_tokens=params.stop_token_ids)
+        self.finish_reason = self.verdict = None
         parts, began = ReplyParts(), False
-        self.finish_reason = None
         try:
-            with closing(self.rollout.stream([ids], params)) as tokens:
-                for token in tokens:
+            with closing(self._majority(ids, params) if self.verify > 1 else self._events(ids, params)) as reply:
+                for events in reply:
                     began = True
-                    yield from _pieces(reply.push(token.token_id), parts)
-                    self.finish_reason = token.finish_reason
-            yield from _pieces(reply.finish(), parts)
+                    yield from _pieces(events, parts)
         finally:
             if began:
                 self.messages += [{"role": "user", "content": text}, _message(parts)]
+
+    def _reader(self, ids: list[int]) -> ReplyStream:
+        thinks, params = opens_reasoning(self.tokenizer, ids), self.params
+        return ReplyStream(self.tokenizer, self.format, thinks, stop=params.stop, end_tokens=params.stop_token_ids)
+
+    def _events(self, ids: list[int], params: SamplingParams) -> Generator[list[Event], None, None]:
+        """A reply, token by token."""
+        reply = self._reader(ids)
+        with closing(self.rollout.stream([ids], params)) as tokens:
+            for token in tokens:
+                yield reply.push(token.token_id)
+                self.finish_reason = token.finish_reason
+        yield reply.finish()
+
+    def _majority(self, ids: list[int], params: SamplingParams) -> Generator[list[Event], None, None]:
+        """The reply of several that is chosen, at once."""
+        assert params.seed is not None
+        each = [replace(params, seed=params.seed + number) for number in range(self.verify)]
+        replies, finishes = [(self._reader(ids), list[Event]()) for _ in each], [""] * len(each)
+        with closing(self.rollout.stream([ids] * len(each), each)) as tokens:
+            for token in tokens:
+                reply, events = replies[token.index]
+                events += reply.push(token.token_id)
+                finishes[token.index] = token.finish_reason or ""
+        whole = [events + reply.finish() for reply, events in replies]
+        contents = ["".join(event.text for event in events if isinstance(event, Content)) for events in whole]
+        winner, self.verdict = decide(contents)
+        self.finish_reason = finishes[winner]
+        yield whole[winner]
+
+
+def agreement(verdict: Verification) -> str:
+    """How a reply was decided, for people."""
+    if not verdict.votes:
+        return f"no answer to compare in any of {verdict.samples} replies; this is the first"
+    return f"agreement {round(verdict.agreement * verdict.samples)} of {verdict.samples}"
 
 
 def _pieces(events: Iterable[Event], parts: ReplyParts) -> Iterator[Piece]:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     first = talk.draw_seed() if params.seed is None else params.seed
     each = [replace(params, seed=first + i) for i in range(args.samples)]
     prompt = [source.tokenizer.bos_id, *source.tokenizer.encode(_prompt(args))]
-    rollout = source.load(args)
+    rollout = source.load(args, args.cache, args.speculative_tokens)
     texts = [TextStream(source.tokenizer, params.stop, ends) for _ in each]
     completions: list[Completion] = []
     pieces = _pieces(rollout, prompt, each, texts, completions)

@@ -19,11 +19,14 @@ import torch
 
 from .backends import activate, first_line
 from .core.config import ModelConfig
-from .core.generate import Rollout, SamplingParams, make_rollout
+from .core.generate import Rollout, SamplingParams
 from .core.model import DeepseekV3
 from .core.presets import PRESETS
 from .core.tokenizer import Tokenizer
+from .engine_args import check_drafts
+from .engine_process import cache_dtype
 from .errors import UserError
+from .serving.rollout import EngineRollout
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
@@ -38,12 +41,17 @@ class Source:
     config: ModelConfig
     tokenizer: Tokenizer
 
-    def load(self, args: argparse.Namespace) -> Rollout:
-        """Activate the backend and read the weights, as --backend, --dtype and --fp8 say."""
+    def load(self, args: argparse.Namespace, cache: str = "auto", speculative_tokens: int = 0) -> Rollout:
+        """Activate the backend and read the weights, as --backend, --dtype and --fp8 say.
+
+        cache, speculative_tokens: as of --cache and --speculative-tokens.
+        """
+        check_drafts(speculative_tokens, self.config)
         device = activate(args.backend).device
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         model = DeepseekV3.from_pretrained(self.directory, device=device, dtype=dtype, fp8=args.fp8)
-        return make_rollout(model, decode=partial(self.tokenizer.decode, skip_special=True))
+        decode = partial(self.tokenizer.decode, skip_special=True)
+        return EngineRollout(model, decode, cache_dtype(cache), speculative_tokens=speculative_tokens)
 
     def end_tokens(self, *names: str) -> frozenset[int]:
         """Ids that end a text: the configuration's, the tokenizer's end of sentence, and the control tokens `names`."""

@@ -153,8 +153,8 @@ class Results:
             except msgspec.MsgspecError as error:
                 raise UserError(f"{self.part}, line {number}: is damaged ({error}); remove the file") from None
             if self._ids.get(result.custom_id) != result.id:
-                text = "is the answer to another request, or of another model"
-                raise UserError(f"{self.part}, line {number}: {text}; remove the file, or give another --out")
+                why = "is the answer to another request, or of another model"
+                raise UserError(f"{self.part}, line {number}: {why}; remove the file, or give another --out")
             self._count(result.custom_id, result.response.status_code)
             whole += len(text)
         self._file.truncate(whole)

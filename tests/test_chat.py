@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny_model import CONFIG, CONTEXT, GREEDY, TOKENIZER, ending_at, fails, load, prints, save
 
-from dsv3 import backends, chat
+from dsv3 import backends, chat, cli
 from dsv3.conversation import Conversation, choose_format
 from dsv3.core import special_tokens as family
 from dsv3.core.checkpoint import save_pretrained
@@ -183,3 +183,113 @@ def test_reasoning_is_told_apart_by_the_thinking_tokens_and_not_by_text():
     assert "".join(piece.text for piece in pieces if not piece.reasoning) == "cat\n"
     message = {"role": "assistant", "content": "cat\n", "reasoning_content": "so </think> is\n"}
     assert conversation.messages == [{"role": "user", "content": "one"}, message]
+
+
+# --- several replies, and a vote ---
+
+
+class Drawn:
+    """A rollout that gives the replies of one message in a script, token by token in turn. seeds: of what was drawn."""
+
+    def __init__(self, *replies: list):
+        self.replies, self.seeds = replies, []
+        self.model = SimpleNamespace(config=CONFIG)
+
+    def stream(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[SimpleNamespace]:
+        self.seeds += [one.seed for one in params]
+        assert len(prompts) == len(self.replies)
+        for place in range(max(map(len, self.replies))):
+            for index, reply in enumerate(self.replies):
+                if place < len(reply):
+                    if isinstance(reply[place], BaseException):
+                        raise reply[place]
+                    finish = "stop" if place == len(reply) - 1 else None
+                    yield SimpleNamespace(index=index, token_id=reply[place], finish_reason=finish)
+
+
+def verified(*replies: list, chat_format: str = "v3") -> Conversation:
+    return Conversation(Drawn(*replies), TOKENIZER, chat_format, GREEDY, verify=len(replies))
+
+
+CAT, MAT = tokens("the cat", family.EOS), tokens("the mat", family.EOS)
+
+
+def test_of_several_replies_the_one_of_the_majority_is_said_and_remembered(capsys):
+    conversation, out = verified(CAT, MAT, MAT), io.StringIO()
+    chat.answer_lines(conversation, ["which?"], out)
+    assert out.getvalue() == "the mat\n"
+    assert capsys.readouterr().err == "agreement 2 of 3\n"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "the mat"}
+    first = conversation.rollout.seeds[0]
+    assert conversation.rollout.seeds == [first, first + 1, first + 2] and conversation.finish_reason == "stop"
+
+
+def test_votes_are_for_what_is_said_and_not_for_what_was_thought(capsys):
+    def thought(about: str, answer: str) -> list[int]:
+        return [*tokens(about, family.END_THINK), *tokens(answer, family.EOS)]
+
+    out = io.StringIO()
+    chat.answer_lines(
+        verified(thought("a", "cat"), thought("b", "mat"), thought("c", "mat"), chat_format="r1"), ["?"], out
+    )
+    assert out.getvalue() == "<think>\nb\n</think>\n\nmat\n"
+    assert capsys.readouterr().err == "agreement 2 of 3\n"
+
+
+def test_replies_that_cannot_be_compared_leave_the_first(capsys):
+    long = ["the cat sat on the mat " * 6, "a cat is a cat " * 9]
+    out = io.StringIO()
+    chat.answer_lines(verified(*(tokens(text, family.EOS) for text in long)), ["?"], out)
+    assert out.getvalue() == long[0] + "\n"
+    assert "no answer to compare in any of 2 replies" in capsys.readouterr().err
+
+
+def in_a_terminal(conversation: Conversation) -> str:
+    lines = iter(["which?"])
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+
+    def read(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    chat.in_terminal(conversation, console, read)
+    return console.file.getvalue()
+
+
+def test_the_terminal_shows_how_many_agreed_below_the_reply():
+    assert "the mat\nagreement 2 of 3\n" in in_a_terminal(verified(CAT, MAT, MAT))
+
+
+def test_ctrl_c_while_replies_are_drawn_takes_the_message_back():
+    conversation = verified(CAT, [*tokens("the"), KeyboardInterrupt()])
+    screen = in_a_terminal(conversation)
+    assert "Stopped." in screen and "agreement" not in screen
+    assert conversation.messages == []
+
+
+def test_one_seed_gives_one_vote_and_its_winner_is_a_reply_of_that_seed(folder, monkeypatch, capsys):
+    def said(*options: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
+        argv = ("chat", folder, "--max-tokens", 4, "--temperature", 1, *options, "--backend", "cpu")
+        assert cli.main([*map(str, argv)]) == 0
+        return capsys.readouterr()
+
+    voted = said("--seed", 7, "--verify", 3)
+    assert voted == said("--seed", 7, "--verify", 3, "--speculative-tokens", 1)
+    assert "of 3" in voted.err
+    assert voted.out in [said("--seed", seed).out for seed in (7, 8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (("--verify", 0), "--verify must be between 1 and 64"),
+        (("--verify", 3, "--temperature", 0), "at --temperature 0 all replies are the same"),
+        (("--speculative-tokens", 9), "--speculative-tokens must be between 0 and 8"),
+        (("--cache", "fp4"), "unknown TYPE 'fp4'; did you mean 'fp8'?"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(options, wrong, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
+    assert wrong in fails(capsys, "chat", folder, *options)

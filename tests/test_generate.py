@@ -224,3 +224,19 @@ def test_a_hub_id_without_the_hub_library_or_without_the_hub_says_so(monkeypatch
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
     assert "the cable is cut)" in fails(capsys, *argv)
+
+
+def test_drafts_and_another_cache_leave_the_greedy_text_as_it_is(folder, capsys):
+    argv = ("generate", folder, "--prompt", "the cat", "--max-tokens", 12, "--temperature", 0)
+    plain = prints(capsys, *argv)
+    assert prints(capsys, *argv, "--speculative-tokens", 2) == plain
+    assert prints(capsys, *argv, "--cache", "float32") == plain
+
+
+def test_a_model_that_cannot_draft_says_so_before_it_is_loaded(tmp_path, capsys):
+    plain = save(tmp_path / "plain", "v3", config=CONFIG.replace(num_nextn_predict_layers=0))
+    for file in plain.glob("*.safetensors"):
+        file.unlink()
+    assert "this model has none; leave it out" in fails(
+        capsys, "generate", plain, "--prompt", "x", "--speculative-tokens", 1
+    )
