@@ -11,17 +11,28 @@ if TYPE_CHECKING:
     from .core.config import ModelConfig
     from .core.encoding import encode_chat
     from .core.model import DeepseekV3
-    from .core.sampling_params import SamplingParams
+    from .core.sampling_params import Guide, SamplingParams
     from .core.tokenizer import Tokenizer
     from .errors import UserError
     from .serving.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "DeepseekV3", "ModelConfig", "SamplingParams", "Tokenizer", "UserError", "encode_chat", "use_backend"]
+__all__ = [
+    "LLM",
+    "DeepseekV3",
+    "Guide",
+    "ModelConfig",
+    "SamplingParams",
+    "Tokenizer",
+    "UserError",
+    "encode_chat",
+    "use_backend",
+]
 
 _HOME = {
     "LLM": "serving.llm",
     "DeepseekV3": "core.model",
+    "Guide": "core.sampling_params",
     "ModelConfig": "core.config",
     "SamplingParams": "core.sampling_params",
     "Tokenizer": "core.tokenizer",

@@ -4,11 +4,13 @@ llm = dsv3.LLM("runs/quickstart/model")
 [reply] = llm.chat([{"role": "user", "content": "What is 3 + 4?"}], dsv3.SamplingParams(temperature=0.6))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +18,19 @@ from torch import Tensor
 from ..core.encoding import detect_format, encode_chat, stop_token
 from ..core.generate import Completion, Token
 from ..core.model import DeepseekV3
+from ..core.records import library
 from ..core.reply_events import ReplyParts
 from ..core.reply_stream import ReplyStream, opens_reasoning
-from ..core.sampling_params import SamplingParams
+from ..core.sampling_params import Guide, SamplingParams
 from ..core.text_stream import TextStream
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from ..ops.formats import E4M3
-from .guides import Guides
 from .rollout import CACHE_BYTES, REQUESTS, EngineRollout
 from .verify import Verification, decide
+
+if TYPE_CHECKING:
+    from .guides import Guides
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -66,12 +71,42 @@ class ChatReply:
         return message | ({"tool_calls": self.tool_calls} if self.tool_calls else {})
 
 
+class GuidesOnDemand:
+    """`Guides` that are made for the first guide, and anew for the first one behind `close`: they have threads and
+    processes, and want a package that others do without."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
+        self._of = tokenizer, vocab_size, ends
+        self._made: Guides | None = None
+
+    def compile(self, guide: Guide) -> Future[Any]:
+        """See Guides.compile. UserError in the future, too, where llguidance is missing."""
+        if self._made is None:
+            try:
+                library("llguidance", "guided decoding", "'dsv3[serve]'")
+            except UserError as error:
+                missing: Future[Any] = Future()
+                missing.set_exception(error)
+                return missing
+            from .guides import Guides
+
+            self._made = Guides(*self._of)
+        return self._made.compile(guide)
+
+    def close(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            made.close()
+
+
 class LLM:
     """directory: a model in the Hugging Face format. backend, dtype, fp8: as of `DeepseekV3.from_pretrained`.
 
     cache_dtype: of the latents; "fp8" halves them, None is the weights' type. cache_bytes: what the cache may grow to.
     speculative_tokens: drafted per step by the MTP module; texts stay the same. requests: that run at a time.
     format: of chats, "auto" goes by the tokenizer.
+
+    A context manager, which closes it at the end.
     """
 
     def __init__(
@@ -95,8 +130,20 @@ class LLM:
         self.ends = frozenset({self.tokenizer.eos_id, *config.eos_token_ids})
         kept = E4M3 if cache_dtype == "fp8" else cache_dtype
         decode = partial(self.tokenizer.decode, skip_special=True)
-        guides = Guides(self.tokenizer, config.vocab_size, self.ends)
+        guides = GuidesOnDemand(self.tokenizer, config.vocab_size, self.ends)
         self.rollout = EngineRollout(self.model, decode, kept, cache_bytes, speculative_tokens, requests, guides=guides)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the cache, and end the threads and processes that guides have started. A later call begins anew."""
+        self.rollout.close()
 
     @property
     def format(self) -> str:
@@ -151,7 +198,8 @@ class LLM:
         """Replies to one conversation (a list of messages) or to several.
 
         verify: draw so many replies to each, with seeds that follow each other, and take the one whose final answer
-        most of them give (self-consistency); its `verdict` says how many agreed.
+        most of them give (self-consistency); its `verdict` says how many agreed. A guide holds for what is said behind
+        the thought.
         """
         if verify < 1:
             raise UserError("verify is how many replies are drawn: 1 or more")
@@ -164,10 +212,17 @@ class LLM:
         ends = self.ends | {self.tokenizer.special_id(stop_token(format))}
         seeds = [given.seed if given.seed is None else given.seed + i for i in range(verify)]
         each = self._params([replace(given, seed=seed) for seed in seeds], verify, ends)
-        completions = self.rollout.generate([prompt for prompt in ids for _ in each], each * len(ids))
+        chosen = [self._guided(one, prompt) for prompt in ids for one in each]
+        completions = self.rollout.generate([prompt for prompt in ids for _ in each], chosen)
         replies = [self._reply(completion, format, bool(tools), given, ends) for completion in completions]
         groups = [replies[start : start + verify] for start in range(0, len(replies), verify)]
         return [self._voted(group) if verify > 1 else group[0] for group in groups]
+
+    def _guided(self, params: SamplingParams, prompt: Sequence[int]) -> SamplingParams:
+        if params.guide is None:
+            return params
+        thinks = opens_reasoning(self.tokenizer, prompt)
+        return replace(params, guide=replace(params.guide, after_thinking=thinks))
 
     def _reply(
         self, completion: Completion, format: str, tools: bool, params: SamplingParams, ends: frozenset[int]
@@ -206,7 +261,8 @@ class LLM:
         """Write new values into the model's parameters and buffers, named as in its `state_dict`, all or some; nothing
         that was computed with the old ones is used again. Returns the version that later completions carry.
 
-        Raises UserError, before anything is written, for unknown names and other shapes.
+        Raises UserError, before anything is written, for unknown names, other shapes, and real numbers where the model
+        has FP8 ones (or the reverse), which would need other scales.
         """
         own = self.model.state_dict()
         for name, tensor in weights.items():
@@ -216,6 +272,8 @@ class LLM:
                 raise UserError(
                     f"update_weights: {name!r} is {list(tensor.shape)}, and the model's {list(own[name].shape)}"
                 )
+            if own[name].dtype != tensor.dtype and 1 in (own[name].itemsize, tensor.itemsize):
+                raise UserError(f"update_weights: {name!r} is {tensor.dtype}, and the model's {own[name].dtype}")
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)

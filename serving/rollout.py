@@ -1,6 +1,7 @@
 """The engine as core's `Rollout`: what reinforcement learning, evaluation and the command line generate with."""
 
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class EngineRollout:
         self.cache_bytes, self.speculative_tokens, self.requests = cache_bytes, speculative_tokens, requests
         self.per_token, self.guides = per_token, guides
         self._engine: Engine | None = None
-        self._records = False
+        self._records = self._asleep = False
 
     # Rollout ----------------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ class EngineRollout:
         try:
             while not engine.idle:
                 self._grow(engine)
+                if engine.compiling and engine.scheduler.idle:
+                    wait([future for _, future in engine.compiling.values()], return_when=FIRST_COMPLETED)
                 yield from self._told(engine.step(), made)
         finally:
             self._give_up(engine)
@@ -131,13 +134,20 @@ class EngineRollout:
 
     def sleep(self) -> None:
         """Free the cache; on a device, the weights go to the host's memory too, and `wake` brings them back."""
-        self._engine = None
+        self._engine, self._asleep = None, True
         if self.device.type != "cpu":
             self.model.to("cpu")
 
     def wake(self) -> None:
+        self._asleep = False
         if self.device.type != "cpu":
             self.model.to(self.device)
+
+    def close(self) -> None:
+        """Free the cache, and let go of what guides have running; a later call begins anew."""
+        self._engine = None
+        if self.guides is not None:
+            self.guides.close()
 
     @property
     def engine(self) -> Engine | None:
@@ -158,6 +168,8 @@ class EngineRollout:
 
     def _engine_for(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], records: bool) -> Engine:
         """The engine that is there, unless a text of these needs a larger cache than that may grow to."""
+        if self._asleep:
+            raise UserError("the model sleeps; call wake() before it is to generate")
         context, page = self.model.config.max_position_embeddings, self.layout.page_size
         longest = max(
             (
