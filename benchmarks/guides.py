@@ -18,7 +18,8 @@ import torch
 
 from dsv3.core.sampling_params import Guide
 from dsv3.core.tokenizer import Tokenizer
-from dsv3.serving.guides import Grammar, Guides, apply_mask
+from dsv3.serving.guides import Grammar, Guides
+from dsv3.serving.sampler import forbid
 
 SIZE = 129_280
 RECORD = {
@@ -70,7 +71,7 @@ def ours(tokenizer: Tokenizer) -> None:
             masks.append(timed(lambda state=state: state.fill(row[0]))[0])
             assert row[0, token // 32] >> token % 32 & 1
             steps.append(timed(lambda state=state, token=token: state.accept(token))[0])
-            applied.append(timed(lambda: apply_mask(logits, [0], row))[0])
+            applied.append(timed(lambda: forbid(logits, torch.zeros(1, dtype=torch.int64), torch.from_numpy(row)))[0])
         report(name, alone, masks)
         print(f"    with the trial {whole * 1e3:.0f} ms; accept {np.median(steps) * 1e6:.0f} us; ", end="")
         print(f"apply {np.median(applied) * 1e6:.0f} us; {len(masks)} tokens")

@@ -2,21 +2,44 @@
 cost a loop over all their pages."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.config import ModelConfig
 from .edits import edits_of
 from .request import Request
 from .scheduler import Work
 from .step import Group, StepInput
 
-ABSORBED = 4  # new tokens of a sequence up to which attention in latent space is cheaper than expanding keys and values
-
 Array = NDArray[np.int64]
 tensor = torch.from_numpy
+
+
+@dataclass(frozen=True)
+class Form:
+    """When to attend in latent space, and when to expand keys and values first (core/mla.py), by multiplications.
+
+    To expand costs R (n + v) per head and token that is seen, and then n + r + v per pair of tokens. Latent space costs
+    R (n + v) per new token, and 2 R + r per pair. For DeepSeek-V3 that is even at 171 new tokens behind a long context.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Form":
+        return cls(config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim)
+
+    def absorbs(self, start: int, count: int) -> bool:
+        """Is latent space cheaper for `count` new tokens behind `start` others?"""
+        expanded = self.qk_nope_head_dim + self.v_head_dim
+        pairs = count * (start + (count + 1) / 2)
+        return pairs * (2 * self.kv_lora_rank - expanded) <= start * self.kv_lora_rank * expanded
 
 
 class Rows:
@@ -52,7 +75,7 @@ class Rows:
 
 
 def build(
-    works: list[Work], copies: Sequence[tuple[int, int]], rows: Rows, page: int, vocab_size: int, per_token: bool
+    works: list[Work], copies: Sequence[tuple[int, int]], rows: Rows, page: int, config: ModelConfig, per_token: bool
 ) -> tuple[StepInput, list[Work]]:
     """The tensors of works of one shard, and the works in their order, which is by groups.
 
@@ -60,7 +83,9 @@ def build(
     """
     for work in works:
         rows.update(work.request)
-    works = sorted(works, key=lambda work: work.count if work.count <= ABSORBED else ABSORBED + 1)
+    form = Form.of(config)
+    forms = {id(work): work.count if work.count == 1 or form.absorbs(work.start, work.count) else 0 for work in works}
+    works = sorted(works, key=lambda work: (not forms[id(work)], work.count))
     counts = np.array([work.count for work in works], np.int64)
     starts = np.array([work.start for work in works], np.int64)
     owners = np.array([work.request.row for work in works], np.int64)
@@ -75,7 +100,8 @@ def build(
         width = int(positions.max()) // page + 1
         groups = [_group(1, rows.table[row, :width], positions + 1, np.ones(total, np.int64))]
     else:
-        groups = _groups(counts, starts + counts, owners, rows, page)
+        absorbed = [forms[id(work)] for work in works]
+        groups = _groups(absorbed, counts, starts + counts, owners, rows, page)
     chosen = np.array([place for place, work in enumerate(works) if work.sample], np.int64)
     sampling = [works[place] for place in chosen]
     sampled, draft, ends = _sampled(sampling, first[chosen])
@@ -101,7 +127,7 @@ def build(
         report=tensor(report),
         report_top=tensor(report_top),
         record=any(work.request.record_experts for work in works),
-        edits=edits_of([work.request for work in sampling], sampled.shape[1], vocab_size),
+        edits=edits_of([work.request for work in sampling], sampled.shape[1], config.vocab_size),
         groups=groups,
     )
     return step, works
@@ -122,14 +148,16 @@ def _tokens(works: Sequence[Work]) -> tuple[Array, Array]:
     return np.array(tokens, np.int64), np.array(following, np.int64)
 
 
-def _groups(counts: Array, lens: Array, owners: Array, rows: Rows, page: int) -> list[Group]:
+def _groups(absorbed: Sequence[int], counts: Array, lens: Array, owners: Array, rows: Rows, page: int) -> list[Group]:
+    """Neighbours of one form. absorbed: new tokens of each sequence, or 0 where it expands."""
     groups, start = [], 0
-    while start < len(counts):
-        count = int(counts[start]) if counts[start] <= ABSORBED else 0
-        end = int(np.searchsorted(counts, count, "right")) if count else len(counts)
+    while start < len(absorbed):
+        end = start + 1
+        while end < len(absorbed) and absorbed[end] == absorbed[start]:
+            end += 1
         longest = int(lens[start:end].max())
         table = rows.table[owners[start:end], : -(-longest // page)]
-        groups.append(_group(count, table, lens[start:end], counts[start:end]))
+        groups.append(_group(absorbed[start], table, lens[start:end], counts[start:end]))
         start = end
     return groups
 

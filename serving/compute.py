@@ -27,7 +27,7 @@ class ComputeSettings:
     """num_blocks: pages of the cache. rows: of requests, see batch.Rows. speculative_tokens: drafted per step.
 
     ahead: steps come before the tokens of the last one are known to whoever plans them.
-    captured: replay decoding steps, see graphs.
+    per_token: see batch.build. captured: replay decoding steps, see graphs.
     """
 
     num_blocks: int
@@ -35,6 +35,7 @@ class ComputeSettings:
     cache_dtype: torch.dtype | None = None
     speculative_tokens: int = 0
     ahead: bool = False
+    per_token: bool = False
     captured: bool = False
 
 
@@ -85,7 +86,7 @@ class Computer:
             logits = self.model.head(hidden[places.clamp(min=0).flatten()])
         logits = logits.float().view(*places.shape, -1)
         settings = [self._there(column) for column in step.settings]
-        tokens, logprobs, accepted = choose(logits, step, settings, positions)
+        tokens, logprobs, accepted = choose(logits, step, settings, positions, self.settings.per_token)
         drafts = None
         if self.settings.speculative_tokens:
             predicted = self._module(step, hidden, self._following(step, places, tokens), described)

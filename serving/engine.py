@@ -19,7 +19,7 @@ from .cost import CostModel
 from .messages import Add, Output, RequestRefused, Stats
 from .request import Request
 from .runner import Runner, Sampled
-from .scheduler import Limits, Scheduler, Work
+from .scheduler import Limits, Plan, Scheduler, Work
 
 Decode = Callable[[list[int]], str]
 
@@ -29,6 +29,8 @@ class Guides(Protocol):
 
     def compile(self, guide: Guide) -> Future[Any]:
         """A future with a `start() -> GuideState`."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Engine:
         launched = None
         if plan is not None:
             self.counted.steps += 1
+            self._count_waits(plan)
             launched = self.runner.launch(plan)
             if self.runner.ahead:
                 self.scheduler.launched(plan)
@@ -147,6 +150,11 @@ class Engine:
                 if (output := self._take(work, sampled)) is not None:
                     outputs.append(output)
         return outputs
+
+    def _count_waits(self, plan: Plan) -> None:
+        """Of those who run for the first time."""
+        for request in [work.request for work in plan.works if work.request.queued is None]:
+            request.queued = self.clock() - request.arrival
 
     def _compiled(self) -> list[Output]:
         """Requests whose guides are ready begin to wait; those whose guides are wrong end."""
@@ -202,7 +210,7 @@ class Engine:
         output = Output(
             request.id, sampled.tokens[:count], sampled.logprobs[:count], sampled.top[:count], finish,
             request.stop_reason, error, (request.cached or 0) if first else 0, request.seed,
-            prompt_logprobs, prompt_top,
+            prompt_logprobs, prompt_top, (request.queued or 0.0) if first else 0.0,
         )  # fmt: skip
         self.counted.generation_tokens += count
         if finish is not None:
@@ -236,9 +244,9 @@ class Engine:
     def fail(self, error: str) -> list[Output]:
         """A step has failed: everything that ran ends with `error`; what waits goes on."""
         self.under_way = None
+        self.scheduler.lost()
         outputs = []
         for request in list(self.scheduler.running):
-            request.in_flight = 0
             self._end(request, "error")
             outputs.append(self._last_words(request, "error", error))
         return outputs
@@ -253,6 +261,12 @@ class Engine:
         counted.prefix_queries, counted.prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         counted.preemptions = scheduler.preemptions
         return counted
+
+    def close(self) -> None:
+        """Let go of helpers: guides have threads and processes, a runner of many processes has those."""
+        if self.guides is not None:
+            self.guides.close()
+        self.runner.close()
 
     def forget_prefixes(self) -> None:
         """The weights have changed. Raises RuntimeError while requests run."""

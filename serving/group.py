@@ -5,12 +5,14 @@ data-parallel attention every group has requests, and a shard of the cache, of i
 in a step helps the others with its experts. See parallel/inference.py.
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from ..core.config import ModelConfig
 from ..core.model import DeepseekV3
-from ..parallel.channel import Channel
+from ..parallel.channel import Channel, PeerLost
 from ..parallel.inference import idle
 from ..parallel.mesh import Mesh
 from .batch import Rows, build
@@ -69,9 +71,9 @@ class GroupRunner:
     def __init__(self, member: Member, channel: Channel) -> None:
         self.member, self.channel, self.settings = member, channel, member.settings
         self.shards, self.num_blocks = member.mesh.dp, member.settings.num_blocks
-        cache, config = member.computer.cache, member.whole
-        self.page_size, self.vocab_size = cache.page_size, config.vocab_size
-        pages = cache.pages_for(config.max_position_embeddings)
+        cache, self.config = member.computer.cache, member.whole
+        self.page_size = cache.page_size
+        pages = cache.pages_for(self.config.max_position_embeddings)
         self.rows = [Rows(self.settings.rows, pages) for _ in range(self.shards)]
 
     def beat(self) -> None:
@@ -85,7 +87,7 @@ class GroupRunner:
             works = [work for work in plan.works if work.request.shard == shard]
             if works:
                 copies = [(source, target) for place, source, target in plan.copies if place == shard]
-                step, works = build(works, copies, self.rows[shard], self.page_size, self.vocab_size, False)
+                step, works = build(works, copies, self.rows[shard], self.page_size, self.config, False)
                 passes = max(passes, module_passes(step, self.settings.speculative_tokens))
                 message |= {f"{shard}/{name}": tensor for name, tensor in step.packed().items()}
             shares.append(works)
@@ -104,6 +106,7 @@ class GroupRunner:
             pairs += results(shares[shard], StepOutput(**tensors))
         return pairs
 
-    def stop(self) -> None:
-        """Let the other ranks go."""
-        self.channel.send(STOP)
+    def close(self) -> None:
+        """Let the other ranks go. Those that are gone already need not be told."""
+        with suppress(PeerLost):
+            self.channel.send(STOP)

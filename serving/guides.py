@@ -12,16 +12,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from llguidance import LLMatcher
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import embedding
 
 from ..core.sampling_params import Guide
 from ..core.tokenizer import Tokenizer
@@ -261,19 +257,3 @@ def one_line(error: str) -> str:
     inner = re.search(r"^error: (.*)$", error, re.MULTILINE)  # of a regular expression
     line = inner[1] if inner else error.strip().partition("\n")[0].partition("; following special tokens")[0]
     return line if len(line) <= 200 else line[:200] + "..."
-
-
-def apply_mask(logits: Tensor, rows: Sequence[int], masks: NDArray[np.int32]) -> None:
-    """-inf where forbidden, in place. logits [R, V]; rows: those of `logits` that masks [len(rows), ceil(V / 32)] are
-    about, each at most once."""
-    device, V = logits.device, logits.shape[1]
-    octets = torch.from_numpy(np.ascontiguousarray(masks).view(np.uint8)).to(device, torch.int32)  # [r, V / 8]
-    penalties = embedding(octets, _penalties(device, logits.dtype)).flatten(1)[:, :V]
-    logits.index_add_(0, torch.tensor(rows, dtype=torch.int64, device=device), penalties)
-
-
-@cache
-def _penalties(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[256, 8]: of each octet, what is added for its bits. A look-up is several times as fast as shifts and a fill."""
-    allowed = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return torch.where(torch.from_numpy(allowed) == 1, 0.0, -torch.inf).to(device, dtype)

@@ -35,7 +35,10 @@ def serve(link: socket.socket, make: Callable[[], tuple[Engine, EngineInfo]]) ->
         wire.send(Refused(0, f"{error}"))
         return 2
     wire.send(info)
-    return Loop(wire, engine).run()
+    try:
+        return Loop(wire, engine).run()
+    finally:
+        engine.close()
 
 
 class Loop:

@@ -41,7 +41,7 @@ class Request:
     blocks, capacity: what it holds of shard `shard` of the cache, in blocks and in tokens. keys: see `blocks.chain`, of
     its full blocks, as far as they were asked for; named: how many of its blocks the pool knows by their keys.
     cached: tokens of the prompt that were found in the cache when it first ran (None: it has not run yet).
-    told: log-probabilities of its prompt that were reported.
+    told: log-probabilities of its prompt that were reported. queued: seconds until it first ran (None: not yet).
     row, synced: its place among the running ones, and how many of its blocks the runner has heard of.
     changes_logits, special: whether the sampler has more to do for it than to sample. guide: where it has one.
     unresolved: how many of its last tokens are not known yet. in_flight: steps under way that compute for it.
@@ -67,6 +67,7 @@ class Request:
         "named",
         "params",
         "prompt_length",
+        "queued",
         "reads_cache",
         "record_experts",
         "row",
@@ -108,6 +109,7 @@ class Request:
         self.keys: list[bytes] = []
         self.tail_key = b""
         self.cached: int | None = None
+        self.queued: float | None = None
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
         self.running = False

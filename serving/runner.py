@@ -43,6 +43,9 @@ class Runner(Protocol):
     def beat(self) -> None:
         """Called often, also while there is nothing to compute."""
 
+    def close(self) -> None:
+        """No step will follow."""
+
     def launch(self, plan: Plan) -> Any: ...
 
     def resolve(self, launched: Any) -> list[tuple[Work, Sampled]]:
@@ -79,13 +82,9 @@ class ModelRunner:
         self.settings, self.config = settings, model.config
         self.ahead = model.model.norm.weight.device.type != "cpu" and not settings.speculative_tokens
         computing = ComputeSettings(
-            settings.num_blocks,
-            settings.rows,
-            settings.cache_dtype,
-            settings.speculative_tokens,
-            self.ahead,
-            settings.captured,
-        )
+            settings.num_blocks, settings.rows, settings.cache_dtype, settings.speculative_tokens, self.ahead,
+            settings.per_token, settings.captured,
+        )  # fmt: skip
         self.computer = Computer(model, computing)
         self.page_size = self.computer.cache.page_size
         self.rows = Rows(settings.rows, self.computer.cache.pages_for(self.config.max_position_embeddings))
@@ -96,9 +95,7 @@ class ModelRunner:
 
     def launch(self, plan: Plan) -> tuple[list[Work], StepOutput]:
         copies = [(source, target) for _, source, target in plan.copies]
-        step, works = build(
-            plan.works, copies, self.rows, self.page_size, self.config.vocab_size, self.settings.per_token
-        )
+        step, works = build(plan.works, copies, self.rows, self.page_size, self.config, self.settings.per_token)
         return works, self.computer.run(step)
 
     def resolve(self, launched: tuple[list[Work], StepOutput]) -> list[tuple[Work, Sampled]]:
@@ -113,6 +110,9 @@ class ModelRunner:
 
     def beat(self) -> None:
         """Nobody waits for a sign of life."""
+
+    def close(self) -> None:
+        """Nobody waits for the end either."""
 
     def grow(self, num_blocks: int) -> None:
         self.computer.grow(num_blocks)

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..ops.sampling import log_probability, sample, spec_verify
 from .step import Edits, StepInput
 
-BITS = 32
-
 
 def edited(logits: Tensor, edits: Edits) -> Tensor:
     """A copy of logits f32 [R, V] with the edits made."""
@@ -24,17 +22,25 @@ def edited(logits: Tensor, edits: Edits) -> Tensor:
         values, factor = logits[places], edits.repeat.to(device)
         logits[places] = torch.where(values > 0, values / factor, values * factor)
     if len(edits.mask_row):
-        bits = torch.arange(BITS, dtype=torch.int32, device=device)
-        allowed = (edits.mask.to(device)[:, :, None] >> bits & 1).bool().flatten(1)[:, : logits.shape[1]]
-        rows = edits.mask_row.to(device)
-        logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+        forbid(logits, edits.mask_row.to(device), edits.mask.to(device))
     return logits
 
 
-def choose(raw: Tensor, step: StepInput, settings: list[Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forbid(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """-inf, in place, where a mask does not let a token through. logits [R, V]; rows i64 [G], each at most once; masks
+    i32 [G, ceil(V / 32)], the lowest bit first."""
+    octets = masks.contiguous().view(torch.uint8)  # [G, 4 ceil(V / 32)]
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    forbidden = ((octets[:, :, None] >> shifts) & 1).view(len(rows), -1)[:, : logits.shape[1]] == 0
+    logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
+
+
+def choose(
+    raw: Tensor, step: StepInput, settings: list[Tensor], positions: Tensor, row_by_row: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """raw f32 [B, K + 1, V], the model's logits behind the last token and behind each drafted one (any numbers where
     there is none) -> tokens i64 [B, K + 1], the accepted drafts and one more, then -1; their logprobs f32; accepted
-    i32 [B]."""
+    i32 [B]. row_by_row: reports must not depend on the batch, to the last bit."""
     (B, width, V), edits = raw.shape, step.edits
     logits = edited(raw.view(B * width, V), edits).view(B, width, V) if edits.any else raw
     if width == 1:
@@ -44,13 +50,24 @@ def choose(raw: Tensor, step: StepInput, settings: list[Tensor], positions: Tens
     else:
         draft = step.draft.to(raw.device, non_blocking=True)
         accepted, tokens, logprobs = spec_verify(draft, logits, *settings, positions)
-    tempered = bool((step.heat != 1).any())
-    if edits.any or tempered:
-        rows = raw.flatten(0, 1)
-        if tempered:
-            rows = rows / step.heat.to(raw.device).repeat_interleave(width)[:, None]
-        logprobs = log_probability(rows, tokens.flatten().clamp(min=0)).view(tokens.shape)
+    special = step.heat != 1
+    for rows in (edits.bias_row, edits.repeat_row, edits.mask_row):
+        special[rows // width] = True  # what was reported is of the edited logits
+    if special.any():
+        chosen = special.nonzero()[:, 0].to(raw.device)
+        logprobs = logprobs.index_copy(0, chosen, _reported(raw, tokens, step.heat.to(raw.device), chosen, row_by_row))
     return tokens, logprobs, accepted
+
+
+def _reported(raw: Tensor, tokens: Tensor, heat: Tensor, chosen: Tensor, row_by_row: bool) -> Tensor:
+    """Log-probabilities f32 [N, K + 1] of the tokens of the requests `chosen` i64 [N] under the model itself."""
+    rows = (raw[chosen] / heat[chosen, None, None]).flatten(0, 1)
+    named = tokens[chosen].clamp(min=0).flatten()
+    if row_by_row:
+        return torch.cat([log_probability(rows[i : i + 1], named[i : i + 1]) for i in range(len(rows))]).view(
+            len(chosen), -1
+        )
+    return log_probability(rows, named).view(len(chosen), -1)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Who computes what in the next step. Pure Python without torch, so that its bookkeeping can be tested by millions.
 
-Every step: those who decode go first, all of them; what is left of the time that a step may take goes to prompts,
-oldest first, in chunks (`cost`); then waiting requests are admitted, if their whole text fits. When the cache runs out,
-the youngest is preempted: it gives its blocks back and waits, first in line, to be computed again.
+Every step: those who decode go first, all of them; what is left of the time that a step may take goes to prompts, in
+chunks (`cost`), half of it to the oldest; then waiting requests are admitted, if their whole text fits. When the cache
+runs out, the youngest is preempted: it gives its blocks back and waits, first in line, to be computed again.
 
 Requests that begin alike do the work once: one whose next block is being computed by another waits for that block, and
 one with the very prompt of another takes over its blocks, with a copy of the last one.
@@ -11,12 +11,14 @@ one with the very prompt of another takes over its blocks, with a copy of the la
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from .blocks import BlockPool
 from .cost import CostModel
 from .request import UNRESOLVED, Request
 
 LEAST_CHUNK = 16  # tokens of a prompt per step, whatever decoding leaves: prompts must come to an end
+ALONE = 5.0  # seconds that a step of prompts may take where nobody decodes: an abort waits for its end
 WATERMARK = 16  # of the cache, the part that admission leaves free at the most, one block per running request
 
 
@@ -59,6 +61,7 @@ class Scheduler:
         self.page = pools[0].page_size
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of admission
+        self.leaving: set[Request] = set()  # have ended, and a step under way still writes into their blocks
         self.rows = list(range(2 * limits.running))[::-1]  # of requests that run, or whose last step is under way
         self.computing: dict[bytes, Request] = {}  # key of a block, or of a prompt, that somebody is at
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
@@ -98,19 +101,39 @@ class Scheduler:
             works = [work for work in works if work.request.running]
             tokens, context = sum(work.count for work in works), sum(work.start for work in works)
         plan = Plan(works)
-        seconds = self.limits.seconds - self.cost.step - tokens * self.cost.token - context * self.cost.context
-        self._prefill(plan, seconds if works else float("inf"), self.limits.tokens - tokens)
+        seconds = self.limits.seconds - self.cost.step - self._decoding(works, tokens, context)
+        self._prefill(plan, seconds if works else max(self.limits.seconds, ALONE), self.limits.tokens - tokens)
         return plan if plan.works else None
+
+    def _decoding(self, works: list[Work], tokens: int, context: int) -> float:
+        """Seconds of the works, which have so many tokens and so much context in all; shards compute side by side."""
+        if len(self.pools) > 1 and works:
+            shares = [[work for work in works if work.request.shard == shard] for shard in range(len(self.pools))]
+            context = max(sum(work.start for work in share) for share in shares)
+            tokens = max(sum(work.count for work in share) for share in shares)
+        return tokens * self.cost.token + context * self.cost.context
 
     def _blind(self, request: Request) -> bool:
         """Must its last token be known here before the next one can be chosen?"""
         return request.changes_logits and (request.params.penalized or request.params.guide is not None)
 
     def _prefill(self, plan: Plan, seconds: float, room: int) -> None:
-        """Chunks of prompts within `seconds` and `room` tokens, at least a small one."""
+        """Chunks of prompts within `seconds` and `room` tokens, at least a small one.
+
+        The oldest prompt gets half of both; the rest goes to the others, those first that are nearly done: a question
+        of a line need not wait for a book to be read, nor the book for ever new questions.
+        """
         least = LEAST_CHUNK if room > 0 else 0
+        prompts = []
         if len(plan.works) < len(self.running):
-            for request in [r for r in self.running if len(r.tokens) - r.computed > 1]:
+            prompts = [r for r in self.running if len(r.tokens) - r.computed > 1]
+        if prompts:
+            oldest, *others = prompts
+            alone = not (others or self.waiting)
+            share, part = (seconds, room) if alone else (seconds / 2, -(-room // 2))
+            left, rest, least = self._chunk(plan, oldest, share, part, least)
+            seconds, room = seconds - share + left if seconds < inf else seconds, room - part + rest
+            for request in sorted(others, key=lambda r: len(r.tokens) - r.computed):
                 seconds, room, least = self._chunk(plan, request, seconds, room, least)
         while self.waiting and room > 0 and (seconds > 0 or least) and len(self.running) < self.limits.running:
             admitted = self._admit(plan)
@@ -262,6 +285,7 @@ class Scheduler:
             if request.computed // self.page > request.named:
                 self._name_blocks(request)
         elif not request.in_flight:
+            self.leaving.discard(request)
             self._release(request)
 
     def _name_blocks(self, request: Request) -> None:
@@ -283,10 +307,20 @@ class Scheduler:
             self._disclaim(request)
             if request.unresolved:
                 del request.tokens[-request.unresolved :]
-            if not request.in_flight:
+            if request.in_flight:
+                self.leaving.add(request)
+            else:
                 self._release(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def lost(self) -> None:
+        """Steps under way bring nothing any more: nobody waits for their end."""
+        for request in (*self.running, *self.leaving):
+            request.in_flight = 0
+        for request in self.leaving:
+            self._release(request)
+        self.leaving.clear()
 
     def _release(self, request: Request) -> None:
         self.pools[request.shard].release(request.blocks)

@@ -50,6 +50,9 @@ class FakeRunner:
     def beat(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def launch(self, plan: Plan) -> Flight:
         if self.fail_next:
             self.fail_next = False

@@ -54,7 +54,7 @@ def serve(tp: int, dp: int, speculative: int) -> None:
             for output in engine.step():
                 got[output.id] += output.tokens
                 assert len(output.top) == (len(output.tokens) if output.id % 3 else 0)
-    runner.stop()
+    runner.close()
     whole = SimpleRollout(random_model(V3, 0))
     for i, (prompt, params) in enumerate(asked):
         plain = SamplingParams(temperature=0.9, seed=i, max_tokens=params.max_tokens, ignore_eos=True)

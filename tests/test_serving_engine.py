@@ -11,8 +11,10 @@ from tiny_model import CONFIG
 
 import dsv3.backends.cpu  # noqa: F401  (its kernels are what runs)
 from dsv3.core.generate import Completion, SamplingParams, SimpleRollout
+from dsv3.core.presets import PRESETS
 from dsv3.errors import UserError
 from dsv3.ops.formats import E4M3
+from dsv3.serving.batch import Form
 from dsv3.serving.engine import Engine, EngineSettings
 from dsv3.serving.messages import Add, Output
 from dsv3.serving.runner import ModelRunner, RunnerSettings
@@ -109,6 +111,12 @@ def test_one_step_decodes_some_and_prefills_others():
     one.add(Add(1, *second))
     plan = one.scheduler.step()
     assert sorted(work.count for work in plan.works) == [1, 90]
+
+
+def test_latent_space_pays_up_to_171_new_tokens_behind_a_long_context():
+    form = Form.of(PRESETS["deepseek-v3-671b"])
+    assert form.absorbs(131_072, 160) and not form.absorbs(131_072, 175)
+    assert not form.absorbs(0, 2) and form.absorbs(100, 4)
 
 
 def test_right_drafts_are_accepted_all():

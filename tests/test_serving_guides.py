@@ -25,7 +25,8 @@ from dsv3.core.special_tokens import END_THINK, THINK
 from dsv3.core.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.serving import guide_trial, guides
-from dsv3.serving.guides import Guides, GuideState, apply_mask
+from dsv3.serving.guides import Guides, GuideState
+from dsv3.serving.sampler import forbid
 
 VOCABULARY = TOKENIZER.vocab_size + 13  # a model's embedding is padded
 EOS = TOKENIZER.eos_id
@@ -548,7 +549,7 @@ def test_masks_forbid_tokens_of_their_rows_alone(size: int, rows: list[int], see
     expected = logits.clone()
     for row, bits in zip(rows, may, strict=True):
         expected[row, ~torch.from_numpy(bits)] = -torch.inf
-    apply_mask(logits, rows, packed)
+    forbid(logits, torch.tensor(rows, dtype=torch.int64), torch.from_numpy(packed))
     assert torch.equal(logits, expected)
 
 

@@ -207,6 +207,18 @@ def test_a_long_prompt_leaves_time_for_those_who_decode():
     assert chunks[1] > chunks[-1]  # fewer tokens the longer the context
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_short_ones():
+    one = engine(blocks=400, limits=Limits(tokens=20), context=1000)
+    add(one, 0, [i % 50 for i in range(600)], max_tokens=1)
+    one.step()
+    ended = []
+    for step in range(1, 200):
+        if step % 2:
+            add(one, step, [step % 50, 7, 8, 9], max_tokens=1)
+        ended += [output.id for output in one.step() if output.finish]
+    assert ended.index(0) > ended.index(1) and 0 in ended
+
+
 def test_a_prompt_goes_on_even_where_decoding_takes_all_the_time():
     one = engine(blocks=100, limits=Limits(seconds=0.0), context=300)
     add(one, 1, [1, 2, 3], max_tokens=90)
