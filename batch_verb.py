@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .serving.batch_run import Spent
     from .talk import Source
 
-STEP_MS = 60_000.0  # nobody waits for a steady stream: a step takes all the prompts that it can
+STEP_MS = 5000.0  # nobody waits for a steady stream: a step takes the prompts that it can
 NO_LIMIT = 2**62
 
 
