@@ -4,6 +4,7 @@ DESCRIPTOR: of its end of a socket pair. OPTIONS: JSON of `EngineOptions`.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,11 +100,20 @@ def make(options: EngineOptions) -> "tuple[Engine, EngineInfo]":
 
 
 def follow(options: EngineOptions) -> None:
-    """What every process of torchrun but the first does: compute with its part until the first one ends."""
+    """What every process of torchrun but the first does: compute with its part until the first one ends.
+
+    torchrun hands signals on to all of its processes: those that follow are still needed while the first one drains.
+    """
+    from .parallel.channel import PeerLost
     from .serving.group import follow as obey
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     member, channel, _ = _member(options)
-    obey(member, channel)
+    try:
+        obey(member, channel)
+    except PeerLost as lost:
+        raise UserError(str(lost)) from None
 
 
 def _runner(options: EngineOptions) -> "tuple[Runner, ModelConfig, str]":

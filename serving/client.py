@@ -27,7 +27,7 @@ from .messages import (
 )
 from .wire import Wire
 
-SILENCE = 30.0  # seconds without a sign of life after which the engine counts as dead: longer than any step
+SILENCE = 30.0
 
 
 class Mailbox:
@@ -46,18 +46,21 @@ class Mailbox:
             self.waiting = Output(
                 first.id, first.tokens + output.tokens, first.logprobs + output.logprobs, first.top + output.top,
                 output.finish, output.stop_reason, output.error, first.cached or output.cached, output.seed,
-                first.prompt_logprobs + output.prompt_logprobs, first.prompt_top + output.prompt_top,
+                first.prompt_logprobs + output.prompt_logprobs, first.prompt_top + output.prompt_top, first.queued,
             )  # fmt: skip
         self.arrived.set()
 
 
 class SocketClient:
-    """See messages.EngineClient. process: the engine's, to be watched and, at the end, waited for."""
+    """See messages.EngineClient. process: the engine's, to be watched and, at the end, waited for. silence: seconds
+    without a sign of life after which the engine counts as dead: longer than any step."""
 
-    def __init__(self, link: socket.socket, process: "subprocess.Popen[bytes] | None" = None) -> None:
+    def __init__(
+        self, link: socket.socket, process: "subprocess.Popen[bytes] | None" = None, silence: float = SILENCE
+    ) -> None:
         link.setblocking(False)
         self._wire: Wire[FromEngine] = Wire(link, FromEngine)  # type: ignore[arg-type]
-        self._link, self._process = link, process
+        self._link, self._process, self._silence = link, process, silence
         self._boxes: dict[int, Mailbox] = {}
         self._next = 1
         self._dead = False
@@ -70,7 +73,7 @@ class SocketClient:
 
     @property
     def alive(self) -> bool:
-        return not self._dead and time.monotonic() - self._heard < SILENCE
+        return not self._dead and time.monotonic() - self._heard < self._silence
 
     async def start(self) -> EngineInfo:
         """Wait until the engine has loaded its model. Raises UserError with what it says if it cannot."""
@@ -121,8 +124,14 @@ class SocketClient:
             box.arrived.set()
 
     async def _send(self, message: object) -> None:
+        """Whoever is cancelled meanwhile, it is sent whole: half a message would make nonsense of all that follow."""
         if self._dead:
             raise EngineDied("the engine's process has ended")
+        sending = asyncio.ensure_future(self._write(message))
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(sending)
+
+    async def _write(self, message: object) -> None:
         async with self._outgoing:
             try:
                 await asyncio.get_running_loop().sock_sendall(self._link, self._wire.packed(message))
@@ -139,8 +148,9 @@ class SocketClient:
         try:
             await self._send(Add(id, prompt, params, salt, timeout))
             while not finished:
-                await box.arrived.wait()
-                box.arrived.clear()
+                if not self._dead:
+                    await box.arrived.wait()
+                    box.arrived.clear()
                 output, box.waiting = box.waiting, None
                 if output is not None:
                     finished = output.finish is not None
@@ -161,8 +171,10 @@ class SocketClient:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def close(self, drain: bool = False) -> int:
-        """End the engine's process; its exit code."""
-        if not self._dead:
+        """End the engine's process; its exit code. One that shows no sign of life is killed."""
+        if self._process is not None and not self._dead and not self.alive:
+            self._process.kill()
+        elif not self._dead:
             with contextlib.suppress(EngineDied):
                 await self._send(Close(drain))
         if self._reader is not None:
