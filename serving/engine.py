@@ -192,6 +192,12 @@ class Engine:
         self.scheduler.computed(work, sampled.tokens)
         if not request.running:
             return None  # it ended while this was under way
+        if request.simple and work.sample and not drafted and work.start >= request.prompt_length:
+            token = sampled.tokens[0]
+            if token not in request.ends and before + 1 < request.limit:  # most steps of most requests
+                request.draft = sampled.draft[: request.limit - before - 2]
+                self.counted.generation_tokens += 1
+                return Output(request.id, sampled.tokens, sampled.logprobs, sampled.top, seed=request.seed)
         first = before == request.prompt_length
         self.counted.prompt_tokens += max(min(work.start + work.count, request.prompt_length) - work.start, 0)
         told = max(request.told - work.start, 0)  # computed before, and given up in a preemption

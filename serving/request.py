@@ -43,7 +43,8 @@ class Request:
     cached: tokens of the prompt that were found in the cache when it first ran (None: it has not run yet).
     told: log-probabilities of its prompt that were reported. queued: seconds until it first ran (None: not yet).
     row, synced: its place among the running ones, and how many of its blocks the runner has heard of.
-    changes_logits, special: whether the sampler has more to do for it than to sample. guide: where it has one.
+    changes_logits, special: whether the sampler has more to do for it than to sample. simple: only a token
+    or its length ends it. guide: where it has one.
     unresolved: how many of its last tokens are not known yet. in_flight: steps under way that compute for it.
     """
 
@@ -75,6 +76,7 @@ class Request:
         "salt",
         "seed",
         "shard",
+        "simple",
         "special",
         "stop_reason",
         "synced",
@@ -115,6 +117,7 @@ class Request:
         self.running = False
         self.guide: GuideState | None = None
         self.changes_logits = params.penalized or bool(params.logit_bias) or params.guide is not None
+        self.simple = params.guide is None and not params.stop
         self.special = self.changes_logits or params.top_logprobs > 0 or params.tempered_logprobs
         self.logprobs: list[float] = []
 

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 from fake_runner import FakeRunner, text
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dsv3.core.generate import SamplingParams
@@ -146,7 +146,9 @@ class Traffic(RuleBasedStateMachine):
                 assert self.got[id] == text(prompt, seed, count)
 
 
-Traffic.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Traffic.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # to shrink a failure takes minutes
 TestTraffic = Traffic.TestCase
 
 
