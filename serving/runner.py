@@ -74,13 +74,15 @@ class RunnerSettings:
 
 
 class ModelRunner:
-    """Runs the model of this process."""
+    """Runs the model of this process. ahead: by default where there is a device to wait for, and nothing is drafted
+    (how many tokens a step with drafts gives is not known before)."""
 
     shards = 1
 
-    def __init__(self, model: DeepseekV3, settings: RunnerSettings) -> None:
+    def __init__(self, model: DeepseekV3, settings: RunnerSettings, ahead: bool | None = None) -> None:
         self.settings, self.config = settings, model.config
-        self.ahead = model.model.norm.weight.device.type != "cpu" and not settings.speculative_tokens
+        device = model.model.norm.weight.device.type
+        self.ahead = device != "cpu" and not settings.speculative_tokens if ahead is None else ahead
         computing = ComputeSettings(
             settings.num_blocks, settings.rows, settings.cache_dtype, settings.speculative_tokens, self.ahead,
             settings.per_token, settings.captured,

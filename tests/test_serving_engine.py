@@ -103,6 +103,19 @@ def test_replayed_steps_give_the_same_texts(speculative):
         assert got[id].tokens == alone(prompt, params).token_ids
 
 
+def test_steps_launched_before_the_last_one_is_known_give_the_same_texts():
+    """As on a GPU: the tokens of a step are found on the device by the next one, which is planned without them."""
+    asked = [as_request((i, 5 + 30 * i, 3 + 4 * i, i, 0.8)) for i in range(5)]
+    asked.append((asked[0][0], replace(asked[0][1], frequency_penalty=0.4)))  # has to wait for its own tokens
+    runner = ModelRunner(MODEL, RunnerSettings(40, 8, None), ahead=True)
+    one = Engine(runner, EngineSettings(400, 64, 40 * runner.page_size))
+    got = run(one, asked)
+    for id, (prompt, params) in enumerate(asked[:-1]):
+        assert got[id].tokens == alone(prompt, params).token_ids
+    assert got[5].tokens == run(engine(), asked[5:])[0].tokens
+    assert all(pool.available == pool.num_blocks for pool in one.scheduler.pools)
+
+
 def test_one_step_decodes_some_and_prefills_others():
     one = engine()
     first, second = as_request((0, 20, 30, 1, 0.8)), as_request((2, 90, 5, 2, 0.8))
