@@ -5,6 +5,7 @@ data-parallel attention every group has requests, and a shard of the cache, of i
 in a step helps the others with its experts. See parallel/inference.py.
 """
 
+import logging
 from contextlib import suppress
 
 import torch
@@ -20,6 +21,8 @@ from .compute import Computer, ComputeSettings, module_passes
 from .runner import RunnerSettings, Sampled, results
 from .scheduler import Plan, Work
 from .step import StepInput, StepOutput
+
+logger = logging.getLogger(__name__)
 
 STEP, STOP = "step", "stop"
 
@@ -93,7 +96,11 @@ class GroupRunner:
             shares.append(works)
         message["passes"] = torch.tensor(passes)
         self.channel.send(STEP, message)
-        return shares, self.member.run(message)
+        try:
+            return shares, self.member.run(message)
+        except Exception as error:
+            logger.exception("a step failed")
+            raise PeerLost("a step failed here, and the other ranks are still in it: there is no going on") from error
 
     def resolve(self, launched: tuple[list[list[Work]], StepOutput | None]) -> list[tuple[Work, Sampled]]:
         shares, own = launched

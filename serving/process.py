@@ -49,31 +49,35 @@ class Loop:
         self.next_stats = 0.0
 
     def run(self) -> int:
-        while not self.closing:
-            if self.draining and self.engine.idle:
-                return 0
-            self.engine.runner.beat()
-            try:
+        try:
+            while not self.closing:
+                if self.draining and self.engine.idle:
+                    return 0
+                self.engine.runner.beat()
                 self._hear(0.0 if self._busy() else HEARTBEAT)
-            except (EOFError, ConnectionError):
-                return 1  # nobody is left to work for
-            if not self.engine.idle:
-                try:
-                    self._tell(self.engine.step())
-                    self.failures = 0
-                except (EOFError, ConnectionError):
-                    return 1
-                except PeerLost as lost:
-                    logger.error("%s", lost)
+                if not self.engine.idle and not self._step():
                     return 3
-                except Exception:
-                    logger.exception("a step failed")
-                    self.failures += 1
-                    self._tell(self.engine.fail("the engine failed in this step; try again"))
-                    if self.failures >= FAILURES:
-                        return 3
-            self._report()
+                self._report()
+        except (EOFError, ConnectionError):
+            return 1  # nobody is left to work for
+        except PeerLost as lost:
+            logger.error("%s", lost)
+            return 3
         return 0
+
+    def _step(self) -> bool:
+        """False: steps keep failing."""
+        try:
+            outputs = self.engine.step()
+            self.failures = 0
+        except PeerLost:
+            raise
+        except Exception:
+            logger.exception("a step failed")
+            self.failures += 1
+            outputs = self.engine.fail("the engine failed in this step; try again")
+        self._tell(outputs)
+        return self.failures < FAILURES
 
     def _busy(self) -> bool:
         """Is there something to compute, or only a guide to wait for?"""

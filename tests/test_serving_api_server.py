@@ -94,6 +94,21 @@ def test_a_dead_engine_ends_the_server():
     run(work())
 
 
+def test_an_engine_that_dies_while_the_server_drains_is_no_good_end():
+    async def work() -> None:
+        engine = says("the cat sat on the mat " * 20, pause=0.05)
+        async with listening(engine, drain=1.0) as (running, client):
+            stream = asyncio.create_task(streamed(client))
+            await until(lambda: engine.asked and engine.asked[0].sent > 1)
+            running.handle_exit(signal.SIGTERM, None)
+            engine.alive = False
+            *_, last, _, _ = (await stream).split("\n\n")
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert running.engine_died
+
+    run(work())
+
+
 @pytest.mark.parametrize("body", [HELLO, STREAM])
 def test_a_connection_that_breaks_ends_its_request(body: dict):
     async def work() -> None:

@@ -21,6 +21,7 @@ import dsv3.backends.cpu  # noqa: F401  (its kernels are what runs)
 from dsv3.core.sampling_params import SamplingParams
 from dsv3.engine_process import EngineOptions, start
 from dsv3.errors import UserError
+from dsv3.parallel.channel import PeerLost
 from dsv3.serving import process
 from dsv3.serving.api.app import create_app
 from dsv3.serving.api.settings import Settings
@@ -169,6 +170,22 @@ def test_an_engine_whose_steps_keep_failing_ends():
         ask(line, id, 3)
     code, said = line.run()
     assert code == 3 and len([m for m in said if isinstance(m, Output)]) == process.FAILURES
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_an_engine_whose_group_is_lost_ends(idle: bool):
+    """Case 21. A rank that is gone shows in a step, or in the signs of life between steps."""
+
+    def lose(*_: object) -> None:
+        raise PeerLost("rank 1 is gone")
+
+    runner = Scripted(lose)
+    line = Line(fake_engine(runner))
+    if idle:
+        runner.beat = lose
+    else:
+        ask(line, 1, 3)
+    assert line.run()[0] == 3
 
 
 def test_an_engine_that_nobody_listens_to_any_more_ends():

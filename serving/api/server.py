@@ -89,6 +89,7 @@ class Server(uvicorn.Server):
         logger.info("taking no new requests; %d are under way", service.gate.running)
         while service.gate.running and loop.time() < deadline:
             await asyncio.sleep(TICK)
+            self.engine_died = self.engine_died or not service.client.alive
         why = Unavailable("the server ends and could not wait for this text", code="draining")
         if self.engine_died:
             why = Unavailable("the engine is gone; ask another server", code="engine_dead")
