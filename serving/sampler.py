@@ -31,7 +31,7 @@ def forbid(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
     i32 [G, ceil(V / 32)], the lowest bit first."""
     octets = masks.contiguous().view(torch.uint8)  # [G, 4 ceil(V / 32)]
     shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = ((octets[:, :, None] >> shifts) & 1).view(len(rows), -1)[:, : logits.shape[1]] == 0
+    forbidden = ((octets[:, :, None] >> shifts) & 1).flatten(1)[:, : logits.shape[1]] == 0
     logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
 
 

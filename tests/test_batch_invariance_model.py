@@ -124,6 +124,7 @@ def test_drafted_tokens_are_verified_with_the_numbers_of_plain_decoding(dtype):
     assert torch.equal(drafted, token_by_token(model, tokens, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_plain_backend_is_not_invariant(dtype):
     """Else the tests above would show nothing."""

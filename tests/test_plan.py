@@ -64,6 +64,7 @@ def test_another_number_for_the_node_is_used_and_told(capsys):
     assert found["layouts"][0]["tpot_one_ms"] > 7
 
 
+@pytest.mark.slow
 def test_a_simulation_compares_a_budget_of_time_with_one_of_tokens_and_draws_it(capsys, tmp_path: Path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "latency.png"

@@ -232,6 +232,7 @@ def test_the_models_own_end_token_ends_the_text_unless_ignored(make):
     assert ignored.token_ids == tokens and ignored.finish_reason == "length"
 
 
+@pytest.mark.slow
 @SOME
 @given(seed=st.integers(0, 1000), stop=st.text("ABCDEFGHIJ", min_size=1, max_size=3), prompts=PROMPTS)
 def test_a_stop_string_ends_the_text_at_the_token_that_completes_it(make, seed, stop, prompts):
@@ -317,6 +318,7 @@ def watched(monkeypatch):
     return Watched
 
 
+@pytest.mark.slow
 def test_the_cache_begins_with_the_prompt_and_grows_with_the_text(watched):
     """A context of 163,840 tokens must not be allocated for a text of ten."""
     model = random_model(SMALL.replace(max_position_embeddings=100_000), 0)
@@ -335,6 +337,7 @@ def test_a_bounded_text_gets_its_pages_once(watched):
     assert watched.sizes == [4 + 3]
 
 
+@pytest.mark.slow
 def test_moving_pages_changes_no_token_and_drops_those_of_the_finished(watched, monkeypatch):
     prompts = [[1] * 100, [2], [3] * 5]
     params = [replace(GREEDY, max_tokens=count) for count in (2, 250, 120)]

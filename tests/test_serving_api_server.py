@@ -94,6 +94,7 @@ def test_a_dead_engine_ends_the_server():
     run(work())
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_while_the_server_drains_is_no_good_end():
     async def work() -> None:
         engine = says("the cat sat on the mat " * 20, pause=0.05)
@@ -123,6 +124,7 @@ def test_a_connection_that_breaks_ends_its_request(body: dict):
     run(work())
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_is_left():
     async def work() -> None:
         engine = says("the cat sat on the mat " * 10)

@@ -91,6 +91,7 @@ def test_a_cache_in_fp8_gives_what_it_gives_plain_generation():
     assert got[0].tokens[:4] == want.token_ids[:4]  # chunks round differently, and the cache has few bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculative", [0, 2])
 def test_replayed_steps_give_the_same_texts(speculative):
     asked = [as_request((i, 5 + 30 * i, 12, i, 0.8)) for i in range(5)]
@@ -103,6 +104,7 @@ def test_replayed_steps_give_the_same_texts(speculative):
         assert got[id].tokens == alone(prompt, params).token_ids
 
 
+@pytest.mark.slow
 def test_steps_launched_before_the_last_one_is_known_give_the_same_texts():
     """As on a GPU: the tokens of a step are found on the device by the next one, which is planned without them."""
     asked = [as_request((i, 5 + 30 * i, 3 + 4 * i, i, 0.8)) for i in range(5)]
