@@ -75,7 +75,13 @@ class Rollout(Protocol):
         params: SamplingParams | Sequence[SamplingParams],
         on_token: Callable[[Token], None] | None = None,
         record_experts: bool = False,
-    ) -> list[Completion]: ...
+    ) -> list[Completion]:
+        """What `stream` makes of them, when all of it is there; `on_token` hears of each token meanwhile."""
+        completions: list[Completion] = []
+        for token in self.stream(prompts, params, completions, record_experts):
+            if on_token is not None:
+                on_token(token)
+        return completions
 
     def stream(
         self,
@@ -91,7 +97,7 @@ class Rollout(Protocol):
         """Say that the weights were updated; returns the new version, which later completions carry."""
 
 
-class SimpleRollout:
+class SimpleRollout(Rollout):
     """See the module's docstring. `decode` turns token ids into text; needed for stop strings only."""
 
     def __init__(
@@ -108,19 +114,6 @@ class SimpleRollout:
         self.model.refresh()
         self.weight_version += 1
         return self.weight_version
-
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        on_token: Callable[[Token], None] | None = None,
-        record_experts: bool = False,
-    ) -> list[Completion]:
-        completions: list[Completion] = []
-        for token in self.stream(prompts, params, completions, record_experts):
-            if on_token is not None:
-                on_token(token)
-        return completions
 
     def stream(
         self,

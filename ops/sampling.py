@@ -7,6 +7,7 @@ have used yields exactly the tokens of plain decoding.
 Shapes: B requests, V vocabulary, K drafted tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,8 +116,13 @@ def each_position(draft: Tensor, options: list[Tensor], position: Tensor) -> lis
     return [*(option.repeat_interleave(count) for option in options), positions.reshape(-1)]
 
 
-def accept(draft: Tensor, token: Tensor, logprob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """draft [B, K]; token, logprob [B, K + 1], sampled as if the draft were right -> what `spec_verify` returns."""
+def verify(
+    choose: Callable[..., tuple[Tensor, Tensor]], draft: Tensor, logits: Tensor, *options: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `spec_verify` returns, where `choose` is `sample` of K + 1 rows per request, as if the draft were right."""
+    *settings, position = options
+    token, logprob = choose(logits.flatten(0, 1), *each_position(draft, settings, position))
+    token, logprob = (values.view(draft.shape[0], draft.shape[1] + 1) for values in (token, logprob))
     accepted = (draft == token[:, :-1]).int().cumprod(1).sum(1)
     valid = torch.arange(token.shape[1], device=token.device) <= accepted[:, None]
     return accepted.int(), token.masked_fill(~valid, -1), logprob.masked_fill(~valid, 0.0)
@@ -152,7 +158,4 @@ def spec_verify(
     changes, nor any token, whatever the draft (a draft made with the same noise is accepted about as often as rejection
     sampling would).
     """
-    options = each_position(draft, [temperature, top_k, top_p, min_p, seed], position)
-    token, logprob = sample.spec(logits.flatten(0, 1), *options)
-    shape = (draft.shape[0], draft.shape[1] + 1)
-    return accept(draft, token.view(shape), logprob.view(shape))
+    return verify(sample.spec, draft, logits, temperature, top_k, top_p, min_p, seed, position)

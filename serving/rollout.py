@@ -1,12 +1,12 @@
 """The engine as core's `Rollout`: what reinforcement learning, evaluation and the command line generate with."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 
 import torch
 from torch import Tensor
 
-from ..core.generate import Completion, Token
+from ..core.generate import Completion, Rollout, Token
 from ..core.model import DeepseekV3
 from ..core.sampling_params import SamplingParams
 from ..errors import UserError
@@ -23,7 +23,7 @@ RESERVE = 256  # tokens that the cache has room for at first, behind each prompt
 CACHE_BYTES = 1 << 30  # of the cache, unless one text needs more or another size is asked for
 
 
-class EngineRollout:
+class EngineRollout(Rollout):
     """Generates with `model` on an engine of this process.
 
     decode: text of token ids, for stop strings. cache_bytes: what the cache may grow to; it is as large as the requests
@@ -54,19 +54,6 @@ class EngineRollout:
         self._records = self._asleep = False
 
     # Rollout ----------------------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        on_token: Callable[[Token], None] | None = None,
-        record_experts: bool = False,
-    ) -> list[Completion]:
-        completions: list[Completion] = []
-        for token in self.stream(prompts, params, completions, record_experts):
-            if on_token is not None:
-                on_token(token)
-        return completions
 
     def stream(
         self,

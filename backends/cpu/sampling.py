@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...ops.sampling import FACTORS, LARGEST_UNIFORM, accept, each_position, noise_keys, sample, spec_verify
+from ...ops.sampling import FACTORS, LARGEST_UNIFORM, noise_keys, sample, spec_verify, verify
 
 SHORTLIST = 1024  # top-p looks at this many of the likeliest before it sorts a whole vocabulary
 ROW_BY_ROW = 4096  # smaller vocabularies are filtered faster as one batch, sorts and all
@@ -169,17 +169,5 @@ def _sample(
 
 
 @spec_verify.kernel("cpu", "torch", supports=lambda draft, logits, *rest: _is_f32(logits))
-def spec_verify_torch(
-    draft: Tensor,
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = each_position(draft, [temperature, top_k, top_p, min_p, seed], position)
-    token, logprob = sample_torch(logits.flatten(0, 1), *options)
-    shape = (draft.shape[0], draft.shape[1] + 1)
-    return accept(draft, token.view(shape), logprob.view(shape))
+def spec_verify_torch(draft: Tensor, logits: Tensor, *options: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return verify(sample_torch, draft, logits, *options)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...ops.sampling import accept, each_position, sample, spec_verify
+from ...ops.sampling import sample, spec_verify, verify
 from ..cpu.sampling import sample_torch
 from . import NAME
 
@@ -26,17 +26,5 @@ def sample_rows(
 
 
 @spec_verify.kernel(NAME, "rows", supports=lambda draft, logits, *rest: _is_f32(logits), checked="hardware")
-def spec_verify_rows(
-    draft: Tensor,
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = each_position(draft, [temperature, top_k, top_p, min_p, seed], position)
-    token, logprob = sample_rows(logits.flatten(0, 1), *options)
-    shape = (draft.shape[0], draft.shape[1] + 1)
-    return accept(draft, token.view(shape), logprob.view(shape))
+def spec_verify_rows(draft: Tensor, logits: Tensor, *options: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return verify(sample_rows, draft, logits, *options)
