@@ -171,8 +171,9 @@ class SocketClient:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def close(self, drain: bool = False) -> int:
-        """End the engine's process; its exit code. One that shows no sign of life is killed."""
-        if self._process is not None and not self._dead and not self.alive:
+        """End the engine's process; its exit code. One that does not listen is killed: it still loads, or hangs."""
+        listens = self.alive and self.info.capacity > 0
+        if self._process is not None and not self._dead and not listens:
             self._process.kill()
         elif not self._dead:
             with contextlib.suppress(EngineDied):

@@ -26,8 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Served]:
-    with serve(model, "--cache-gib", "0.02") as served:
+    """It drafts, which changes no text."""
+    with serve(model, "--cache-gib", "0.02", "--speculative-tokens", "2") as served:
         yield served
+        assert served.metric("spec_decode_num_draft_tokens_total") > 0
         served.settle()
 
 

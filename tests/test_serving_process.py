@@ -372,6 +372,19 @@ def test_case_21_an_engine_that_hangs_counts_as_dead_and_is_killed(tmp_path):
     run(work(), 120)
 
 
+def test_an_engine_that_still_loads_is_not_waited_for(tmp_path):
+    """As on Ctrl-C while a large model is read."""
+
+    async def work() -> None:
+        client = SocketClient(*start(EngineOptions(str(tmp_path), "tiny", "cpu")))
+        starting = asyncio.create_task(client.start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        assert await client.close() == -signal.SIGKILL
+
+    run(work())
+
+
 def test_an_engine_that_cannot_be_made_says_why():
     ours, theirs = socket.socketpair()
 
