@@ -10,6 +10,8 @@ of a model worth reinforcing do; and with random weights, so that nearly all run
 what is finished has nothing to drop. Both trainers run as their users run them: a KL term against a reference (beta
 0.001), DAPO's loss, one update for each rollout, AdamW; TRL with either way of transformers to compute experts.
 
+dsv3 generates on the serving engine, as on the command line; dsv3-simple by simple generation, which needs none.
+
 Rollout: from prompts to completions. Update: everything else but the rewards, the pass of the reference included.
 Medians of a run's steps but the first; of several runs, taken in turn, the one with the fastest step counts.
 """
@@ -27,6 +29,7 @@ import torch
 from contest import contest, machine
 
 VOCABULARY = 2048
+CONTENDERS = ["dsv3", "dsv3-simple", "trl-eager", "trl-grouped_mm"]
 LR, BETA, LOW, HIGH = 1e-4, 0.001, 0.2, 0.28
 
 
@@ -102,11 +105,16 @@ class Steps:
         return {key: statistics.median(step[key] for step in self.steps[1:]) for key in self.steps[0]}
 
 
-def ours(directory: Path, options: argparse.Namespace, steps: Steps) -> None:
+def ours(directory: Path, options: argparse.Namespace, steps: Steps, engine: bool) -> None:
     import dsv3.backends  # noqa: F401  (it registers them)
+    from dsv3.core.generate import generate_with
+    from dsv3.serving.rollout import EngineRollout
     from dsv3.training.grpo.config import GrpoConfig
     from dsv3.training.grpo.run import GrpoRun
     from dsv3.training.loop import run_training
+
+    if engine:
+        generate_with(EngineRollout)
 
     class Timed(GrpoRun):
         def began(self) -> None:
@@ -169,8 +177,8 @@ def theirs(directory: Path, options: argparse.Namespace, steps: Steps, experts: 
 def run(name: str, options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(options.threads)
     steps = Steps(options)
-    if name == "dsv3":
-        ours(options.directory, options, steps)
+    if name.startswith("dsv3"):
+        ours(options.directory, options, steps, engine=name == "dsv3")
     else:
         theirs(options.directory, options, steps, name.removeprefix("trl-"))
     result = steps.result()
@@ -185,7 +193,7 @@ def report(model: str, best: dict[str, dict[str, float]], options: argparse.Name
     for name, r in sorted(best.items(), key=lambda item: item[1]["step"]):
         length, speed = r["tokens"] / (options.prompts * options.group), r["tokens"] / r["rollout"]
         print(f"| {name} | {length:.1f} | {r['rollout']:.2f} | {speed:,.0f} | {r['update']:.2f} | {r['step']:.2f} |")
-    mine, others = best["dsv3"], [r for name, r in best.items() if name != "dsv3"]
+    mine, others = best["dsv3"], [r for name, r in best.items() if name.startswith("trl")]
     for key in ("rollout", "update", "step") if others else ():
         print(f"{key}: {min(r[key] for r in others) / mine[key]:.2f} times as fast as TRL at its best")
 
@@ -213,9 +221,7 @@ def main() -> None:
             arguments = ["--directory", folder, "--model", model]
             for key in ("device", "prompts", "group", "limit", "steps", "threads", "clock"):
                 arguments += [f"--{key}", str(getattr(options, key))]
-            report(
-                model, contest(__file__, ["dsv3", "trl-eager", "trl-grouped_mm"], options.rounds, arguments), options
-            )
+            report(model, contest(__file__, CONTENDERS, options.rounds, arguments), options)
     print(machine())
     if options.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

@@ -169,6 +169,10 @@ def _group(count: int, table: NDArray[np.int32], lens: Array, new: Array) -> Gro
 def _sampled(works: Sequence[Work], first: Array) -> tuple[Array, Array, Array]:
     """StepInput's sampled, draft and next_positions; first: where each work's tokens begin."""
     width = max((1 + len(work.request.draft) for work in works), default=1)
+    if width == 1:
+        counts = np.array([work.count for work in works], np.int64)
+        ends = np.array([work.start for work in works], np.int64) + counts
+        return (first + counts - 1)[:, None], np.zeros((len(works), 0), np.int64), ends
     sampled = np.full((len(works), width), -1, np.int64)
     draft = np.full((len(works), width - 1), -1, np.int64)
     ends = np.zeros(len(works), np.int64)
