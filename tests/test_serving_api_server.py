@@ -190,3 +190,10 @@ def test_a_second_signal_ends_a_process_at_once():
             assert process.wait(5) == 0
     finally:
         process.kill()
+
+
+def test_a_token_is_sent_at_once_and_not_when_the_last_packet_was_acknowledged():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
