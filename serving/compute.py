@@ -111,8 +111,11 @@ class Computer:
             )  # fmt: skip
             parts.append(Part(rows, view, self._bounds(group.new), int(group.new.max())))
             start += size
+        bound = MixedStep(self.cache, slots, parts)
+        if len(parts) == 1:
+            return bound, parts[0].cu_seqlens, parts[0].max_len
         every = torch.cat([group.new for group in step.groups])
-        return MixedStep(self.cache, slots, parts), self._bounds(every), int(every.max())
+        return bound, self._bounds(every), int(every.max())
 
     def _bounds(self, lengths: Tensor) -> Tensor:
         return self._there(pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
@@ -211,22 +214,20 @@ class Computer:
 
     def _report(self, step: StepInput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the prompts that want it: log-probability of the following token, and the likeliest, place by place."""
-        places, count = step.report, int(step.report_top.max()) if len(step.report) else 0
+        places = step.report
+        if not len(places):
+            empty = torch.empty(0, device=self.device)
+            return empty, empty.long()[:, None], empty[:, None]
+        count = int(step.report_top.max())
         target = self._there(step.following[places])
         values, ids, best = [], [], []
         for rows, tokens in zip(hidden[self._there(places)].split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
-            if len(rows):
-                logits = self.model.head(rows).float()
-                values.append(log_probability(logits, tokens))
-                of_ids, of_best = likeliest(logits, count)
-                ids.append(of_ids)
-                best.append(of_best)
-        empty = torch.empty(0, device=self.device)
-        return (
-            torch.cat(values) if values else empty,
-            torch.cat(ids) if ids else empty.long()[:, None],
-            torch.cat(best) if best else empty[:, None],
-        )
+            logits = self.model.head(rows).float()
+            values.append(log_probability(logits, tokens))
+            of_ids, of_best = likeliest(logits, count)
+            ids.append(of_ids)
+            best.append(of_best)
+        return torch.cat(values), torch.cat(ids), torch.cat(best)
 
     def _log_experts(self, slots: Tensor, routing: Routing) -> None:
         chosen = torch.stack([routing.experts[layer] for layer in sorted(routing.experts)], 1)  # [T, layers, k]

@@ -51,8 +51,9 @@ def choose(
         draft = step.draft.to(raw.device, non_blocking=True)
         accepted, tokens, logprobs = spec_verify(draft, logits, *settings, positions)
     special = step.heat != 1
-    for rows in (edits.bias_row, edits.repeat_row, edits.mask_row):
-        special[rows // width] = True  # what was reported is of the edited logits
+    if edits.any:
+        for rows in (edits.bias_row, edits.repeat_row, edits.mask_row):
+            special[rows // width] = True  # what was reported is of the edited logits
     if special.any():
         chosen = special.nonzero()[:, 0].to(raw.device)
         logprobs = logprobs.index_copy(0, chosen, _reported(raw, tokens, step.heat.to(raw.device), chosen, row_by_row))

@@ -126,11 +126,17 @@ def _is_f32(logits: Tensor, *rest: Tensor) -> bool:
 def sample_torch(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).logical_and_(temperature > 0)
-    row_by_row = bool(filtered.any())
-    if row_by_row and logits.shape[1] < ROW_BY_ROW:
-        return sample.spec(logits, temperature, top_k, top_p, min_p, seed, position)
-    columns = (logits, temperature, top_k, top_p, min_p, *_keys(seed, position))
+    row_by_row = False
+    keys = seed, position  # which nobody reads where every row takes its likeliest
+    hot = temperature > 0
+    if hot.any():
+        row_by_row = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).logical_and_(hot).any())
+        if row_by_row and logits.shape[1] < ROW_BY_ROW:
+            return sample.spec(logits, temperature, top_k, top_p, min_p, seed, position)
+        keys = _keys(seed, position)
+    columns = (logits, temperature, top_k, top_p, min_p, *keys)
+    if logits.numel() <= BLOCK:
+        return _sample(row_by_row, *columns)
     blocks = zip(*(column.split(max(BLOCK // logits.shape[1], 1)) for column in columns), strict=True)
     tokens, logprobs = zip(*(_sample(row_by_row, *block) for block in blocks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
