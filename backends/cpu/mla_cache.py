@@ -73,12 +73,13 @@ def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def _one_sequence(q: Tensor, latent: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q [S, H, D], latent [L, D], L >= S -> (out [S, H, D], lse [S, H]).
 
-    What all S queries see whole pieces of, without a mask; then the remaining tokens, with one.
+    What all S queries see whole pieces of, without a mask; then the remaining tokens, with one. Of a short context, all
+    of it with the mask: a second call and the merging would cost more.
     """
     (S, H, D), L = q.shape, latent.shape[0]
     shared = L if S == 1 else L - S
-    pieces = max(min(torch.get_num_threads(), shared // PIECE), 1)
-    rows, length = q.view(1, 1, S * H, D), shared // pieces
+    pieces = max(min(torch.get_num_threads(), shared // PIECE), int(S == 1))
+    rows, length = q.view(1, 1, S * H, D), shared // pieces if pieces else 0
     outs = []
     if length:
         kv = latent[: pieces * length].view(pieces, 1, length, D)
