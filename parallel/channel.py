@@ -108,8 +108,8 @@ def _packed(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Lengths of message and header (i64), header (JSON), the tensors' bytes, each aligned; at least FIRST bytes."""
     entries, pieces, end = [], [], 0
     for name, tensor in tensors.items():
-        raw = tensor.detach().contiguous().view(-1)  # an empty one may have strides that no view takes
-        raw = raw.view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+        # A copy: tensors of no or one element may have strides that no view takes.
+        raw = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1)).view(torch.uint8)
         entries.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), end))
         pieces.append((end, raw))
         end = _aligned(end + len(raw))

@@ -164,3 +164,9 @@ def test_any_tensors_go_into_a_message_and_come_out_again(data, kind: str):
 def test_a_preset_has_no_weights_to_spread():
     with pytest.raises(UserError, match="a preset has a shape but no weights"):
         load_spread("deepseek-v3-671b", Mesh())
+
+
+def test_tensors_without_elements_or_with_odd_strides_go_into_a_message():
+    odd = {"one": torch.ones(1, dtype=torch.int64).as_strided((1, 1), (1, 0)), "none": torch.empty(0, 3).T}
+    _, tensors = _unpacked(_room_for(_packed("", odd)))
+    assert torch.equal(tensors["one"], odd["one"]) and tensors["none"].shape == (3, 0)
