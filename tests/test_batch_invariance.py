@@ -166,6 +166,7 @@ def test_routing(threads, data, score, E):
     holds(data, lambda some: route(logits[some], bias, 2, 2, 1, score, "top2", True, 2.5), 301)
 
 
+@pytest.mark.slow
 @QUICK
 @given(data=st.data(), V=st.sampled_from([50, 400, 5000, 40_000]))
 def test_sampling_and_scoring(threads, data, V):

@@ -254,6 +254,7 @@ def test_who_asks_for_no_guide_starts_no_thread_and_no_process(folders):
         assert set(threading.enumerate()) == threads and children() == processes
 
 
+@pytest.mark.slow
 def test_a_guide_is_kept_and_closing_ends_all_that_it_started(folders):
     threads, processes = set(threading.enumerate()), children()
     with LLM(folders["v3"], "cpu") as llm:

@@ -431,6 +431,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_while_the_caller_goes_on(compiler: Guides, name: str):
     begin = time.monotonic()

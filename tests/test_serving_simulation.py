@@ -89,6 +89,7 @@ def test_a_lone_request_is_served_as_fast_as_the_roofline_says():
     assert [gap for _, gap in course.gaps] == pytest.approx([roofline.step([Chunk(1000 + i, 1)]) for i in range(4)])
 
 
+@pytest.mark.slow
 def test_more_requests_a_second_wait_longer():
     slow, fast = (small(Limits(running=4)).open_loop(poisson(rate, 40, 500, 50, 4096)).report() for rate in (1, 100))
     assert fast["ttft_p50_ms"] > 2 * slow["ttft_p50_ms"]

@@ -65,6 +65,7 @@ def test_an_op_with_a_kernel_on_gpus_says_the_shape_of_each_tensor(op):
     assert set(op.shapes.tensors) == tensors
 
 
+@pytest.mark.slow
 @every_op
 @QUICK
 @given(data=st.data())
