@@ -24,6 +24,8 @@ from dsv3.ops.mtp import mtp_input
 from dsv3.ops.norm_quantize import rms_norm_quantize
 from dsv3.ops.sampling import sample, spec_verify
 
+pytestmark = pytest.mark.slow
+
 NAME = "cpu-invariant"
 # A failure is not made smaller: that takes minutes.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)

@@ -18,6 +18,8 @@ from dsv3.ops.cache_layout import fused_layout
 from dsv3.ops.formats import E4M3
 from dsv3.ops.fp8 import quantize_blocks
 
+pytestmark = pytest.mark.slow
+
 NAME = "cpu-invariant"
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a failure is not made smaller: that takes minutes
 QUICK = settings(

@@ -7,6 +7,8 @@ import pytest
 
 from dsv3 import cli
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("plan", "--serve", "--model", "dsv3-15m", "--node", "1xh200")
 V3 = ("plan", "--serve", "--model", "deepseek-v3-671b", "--node")
 

@@ -28,6 +28,8 @@ from dsv3.serving import guide_trial, guides
 from dsv3.serving.guides import Guides, GuideState
 from dsv3.serving.sampler import forbid
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = TOKENIZER.vocab_size + 13  # a model's embedding is padded
 EOS = TOKENIZER.eos_id
 OF_KIMI = {

@@ -10,6 +10,8 @@ from dsv3.serving.roofline import Chunk, Roofline, mesh_layout
 from dsv3.serving.scheduler import Limits
 from dsv3.serving.simulate import Arrival, Course, Outcome, Simulation, poisson, quantile
 
+pytestmark = pytest.mark.slow
+
 V3, LONG = ModelConfig.from_pretrained("deepseek-v3-671b"), 131072
 BY_TIME, BY_TOKENS = Limits(seconds=0.05), Limits(tokens=2048, seconds=float("inf"))
 

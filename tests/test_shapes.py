@@ -20,6 +20,8 @@ from dsv3.ops.formats import BLOCK
 from dsv3.ops.op import OPS, Op, OpError, use_backend
 from dsv3.ops.shapes import MOST_KNOWN, Pattern, Shapes
 
+pytestmark = pytest.mark.slow
+
 GPUS = ("cuda", "rocm")
 WITH_KERNELS = [op for op in OPS.values() if any(op.kernels.get(backend) for backend in GPUS)]
 every_op = pytest.mark.parametrize("op", WITH_KERNELS, ids=cell_name)
