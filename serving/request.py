@@ -64,7 +64,6 @@ class Request:
         "in_flight",
         "keys",
         "limit",
-        "logprobs",
         "named",
         "params",
         "prompt_length",
@@ -119,7 +118,6 @@ class Request:
         self.changes_logits = params.penalized or bool(params.logit_bias) or params.guide is not None
         self.simple = params.guide is None and not params.stop
         self.special = self.changes_logits or params.top_logprobs > 0 or params.tempered_logprobs
-        self.logprobs: list[float] = []
 
     @property
     def output(self) -> list[int]:
