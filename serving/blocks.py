@@ -7,7 +7,7 @@ used first.
 """
 
 import hashlib
-from array import array
+import struct
 from collections.abc import Iterable, Sequence
 
 
@@ -19,7 +19,7 @@ def root_key(salt: bytes) -> bytes:
 
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Key of a block of `tokens` behind the blocks that `parent` stands for."""
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+    return hashlib.sha256(parent + struct.pack(f"{len(tokens)}q", *tokens)).digest()
 
 
 class BlockPool:

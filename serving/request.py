@@ -6,7 +6,6 @@ computed. A step computes some of them; when it reaches the last, it samples wha
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -43,8 +42,8 @@ class Request:
     cached: tokens of the prompt that were found in the cache when it first ran (None: it has not run yet).
     told: log-probabilities of its prompt that were reported. queued: seconds until it first ran (None: not yet).
     row, synced: its place among the running ones, and how many of its blocks the runner has heard of.
-    changes_logits, special: whether the sampler has more to do for it than to sample. simple: only a token
-    or its length ends it. guide: where it has one.
+    changes_logits, special: whether the sampler has more to do for it than to sample. sequential: its last token must
+    be known here before the next one can be chosen. simple: only a token or its length ends it. guide: if it has one.
     unresolved: how many of its last tokens are not known yet. in_flight: steps under way that compute for it.
     """
 
@@ -74,6 +73,7 @@ class Request:
         "running",
         "salt",
         "seed",
+        "sequential",
         "shard",
         "simple",
         "special",
@@ -116,6 +116,7 @@ class Request:
         self.running = False
         self.guide: GuideState | None = None
         self.changes_logits = params.penalized or bool(params.logit_bias) or params.guide is not None
+        self.sequential = params.penalized or params.guide is not None
         self.simple = params.guide is None and not params.stop
         self.special = self.changes_logits or params.top_logprobs > 0 or params.tempered_logprobs
 
@@ -136,7 +137,7 @@ class Request:
         if not self.tail_key:
             full = self.prompt_length // page
             keys = self.keys_up_to(full, page)
-            rest = array("q", self.tokens[full * page : self.prompt_length])
+            rest = self.tokens[full * page : self.prompt_length]
             self.tail_key = b"tail" + chain(keys[full - 1] if full else root_key(self.salt), rest)
         return self.tail_key
 
