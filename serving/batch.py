@@ -1,8 +1,10 @@
 """From a plan to the tensors of a step. Built with numpy from what is kept row by row: a step of 256 requests must not
-cost a loop over all their pages."""
+cost a loop over all their pages. Nor must that of one request cost more than a few calls: most steps only decode, and
+are built in a way of their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,12 +13,11 @@ from torch import Tensor
 
 from ..core.config import ModelConfig
 from .edits import edits_of
-from .request import Request
+from .rows import Array, Rows, tensor
 from .scheduler import Work
-from .step import Group, StepInput
+from .step import NO_IDS, Group, StepInput
 
-Array = NDArray[np.int64]
-tensor = torch.from_numpy
+NO_COPIES = torch.empty(2, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -42,55 +43,101 @@ class Form:
         return pairs * (2 * self.kv_lora_rank - expanded) <= start * self.kv_lora_rank * expanded
 
 
-class Rows:
-    """What is kept per running request: its pages and its sampling settings, in arrays of `count` rows."""
-
-    def __init__(self, count: int, blocks: int) -> None:
-        self.table = np.zeros((count, blocks), np.int32)
-        self.temperature = np.zeros(count, np.float32)
-        self.top_k = np.zeros(count, np.int32)
-        self.top_p = np.ones(count, np.float32)
-        self.min_p = np.zeros(count, np.float32)
-        self.seed = np.zeros(count, np.int64)
-        self.heat = np.ones(count, np.float32)
-        self.top = np.zeros(count, np.int64)
-
-    def update(self, request: Request) -> None:
-        """Take over what the scheduler has given a request since the last step."""
-        row, known, held = request.row, request.synced, len(request.blocks)
-        if held == known:
-            return
-        if not known:
-            params = request.params
-            self.temperature[row], self.top_p[row], self.min_p[row] = params.temperature, params.top_p, params.min_p
-            self.top_k[row], self.seed[row] = min(params.top_k, 2**31 - 1), request.seed
-            self.heat[row] = params.temperature or 1.0 if params.tempered_logprobs else 1.0
-            self.top[row] = params.top_logprobs
-        self.table[row, known:held] = request.blocks[known:]
-        request.synced = held
-
-    def settings(self, rows: Array) -> list[Tensor]:
-        """temperature, top_k, top_p, min_p and seed, as `sample` takes them."""
-        return [tensor(column[rows]) for column in (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)]
-
-
 def build(
-    works: list[Work], copies: Sequence[tuple[int, int]], rows: Rows, page: int, config: ModelConfig, per_token: bool
+    works: list[Work], copies: Sequence[tuple[int, int]], rows: Rows, config: ModelConfig, per_token: bool
 ) -> tuple[StepInput, list[Work]]:
     """The tensors of works of one shard, and the works in their order, which is by groups.
 
     per_token: every new token poses as a sequence of its own, so that its numbers cannot depend on the others'.
     """
+    decoding = True
     for work in works:
-        rows.update(work.request)
-    form = Form.of(config)
+        request = work.request
+        if len(request.blocks) != request.synced:
+            rows.update(request)
+        if work.count != 1 or not work.sample:
+            decoding = False
+    if decoding:
+        return _decoding(works, copies, rows, config.vocab_size), works
+    return _mixed(works, copies, rows, config, per_token)
+
+
+def _decoding(works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, vocab_size: int) -> StepInput:
+    """Of works of one token each, all of which sample: one group, and nobody's prompt to report on."""
+    requests, page = [work.request for work in works], rows.page
+    standing, always = rows.standing(requests), _same_always(len(works))
+    starts = [work.start for work in works]
+    pairs = list(zip(requests, starts, strict=True))
+    newest = [request.tokens[start] for request, start in pairs]
+    places = [request.blocks[start // page] * page + start % page for request, start in pairs]
+    ends = [start + 1 for start in starts]
+    columns = np.array([newest, starts, places, ends], np.int64)  # a dozen calls of numpy take longer than these loops
+    tokens, positions, slots, next_positions = tensor(columns).unbind()
+    lens = tensor(columns[3].astype(np.int32))
+    group = Group(1, len(works), 1, sum(ends), max(ends), standing.table, lens, always.bounds)
+    return StepInput(
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
+        rows=standing.own,
+        following=always.following,
+        bounds=always.bounds,
+        copies=_copies(copies),
+        sampled=always.sampled,
+        all_sampled=True,
+        draft=always.draft,
+        sampled_rows=standing.own,
+        next_positions=next_positions,
+        room=standing.room,
+        table=standing.table,
+        settings=standing.settings,
+        heat=standing.heat,
+        top=standing.top,
+        report=NO_IDS,
+        report_top=0,
+        record=standing.record,
+        edits=edits_of(requests, 1, vocab_size) if standing.changing else None,
+        groups=[group],
+    )
+
+
+@dataclass(frozen=True)
+class _Always:
+    """What all steps that decode so many requests have in common; see StepInput."""
+
+    bounds: Tensor
+    following: Tensor
+    sampled: Tensor
+    draft: Tensor
+
+
+@lru_cache(maxsize=1024)
+def _same_always(count: int) -> _Always:
+    places = torch.arange(count + 1)
+    return _Always(
+        places.int(),
+        torch.zeros(count, dtype=torch.int64),
+        places[:-1, None],
+        torch.empty(count, 0, dtype=torch.int64),
+    )
+
+
+def _copies(copies: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.tensor(copies).T.contiguous() if copies else NO_COPIES
+
+
+def _mixed(
+    works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, config: ModelConfig, per_token: bool
+) -> tuple[StepInput, list[Work]]:
+    """Of any works: see build."""
+    form, page = Form.of(config), rows.page
     forms = {id(work): work.count if work.count == 1 or form.absorbs(work.start, work.count) else 0 for work in works}
     works = sorted(works, key=lambda work: (not forms[id(work)], work.count))
     counts = np.array([work.count for work in works], np.int64)
     starts = np.array([work.start for work in works], np.int64)
     owners = np.array([work.request.row for work in works], np.int64)
-    first = counts.cumsum() - counts
-    total = int(counts.sum())
+    bounds = np.concatenate([[0], counts.cumsum()])
+    first, total = bounds[:-1], int(bounds[-1])
     sequence = np.repeat(np.arange(len(works)), counts)
     positions = np.arange(total) - np.repeat(first - starts, counts)
     row = owners[sequence]
@@ -98,36 +145,39 @@ def build(
     tokens, following = _tokens(works)
     if per_token:
         width = int(positions.max()) // page + 1
-        groups = [_group(1, rows.table[row, :width], positions + 1, np.ones(total, np.int64))]
+        bounds = np.arange(total + 1)
+        groups = [_group(1, rows.table[row, :width], positions + 1, bounds)]
     else:
         absorbed = [forms[id(work)] for work in works]
-        groups = _groups(absorbed, counts, starts + counts, owners, rows, page)
+        groups = _groups(absorbed, bounds, starts + counts, owners, rows)
     chosen = np.array([place for place, work in enumerate(works) if work.sample], np.int64)
     sampling = [works[place] for place in chosen]
     sampled, draft, ends = _sampled(sampling, first[chosen])
-    mine = owners[chosen]
+    requests = [work.request for work in sampling]
+    standing = rows.standing(requests)
     report, report_top = _reported(works, first)
-    width = max((len(work.request.blocks) for work in sampling), default=0)
     step = StepInput(
         tokens=tensor(tokens),
         positions=tensor(positions),
         slots=tensor(slots),
         rows=tensor(row),
         following=tensor(following),
-        copies=tensor(np.array(copies, np.int64).reshape(-1, 2).T.copy()),
+        bounds=tensor(bounds.astype(np.int32)),
+        copies=_copies(copies),
         sampled=tensor(sampled),
+        all_sampled=sampled.size == total and bool((sampled >= 0).all()),
         draft=tensor(draft),
-        sampled_rows=tensor(mine),
+        sampled_rows=standing.own,
         next_positions=tensor(ends),
-        room=torch.tensor([work.request.capacity for work in sampling], dtype=torch.int64),
-        table=tensor(rows.table[mine, :width]),
-        settings=rows.settings(mine),
-        heat=tensor(rows.heat[mine]),
-        top=tensor(rows.top[mine]),
+        room=standing.room,
+        table=standing.table,
+        settings=standing.settings,
+        heat=standing.heat,
+        top=standing.top,
         report=tensor(report),
-        report_top=tensor(report_top),
+        report_top=report_top,
         record=any(work.request.record_experts for work in works),
-        edits=edits_of([work.request for work in sampling], sampled.shape[1], config.vocab_size),
+        edits=edits_of(requests, sampled.shape[1], config.vocab_size) if standing.changing else None,
         groups=groups,
     )
     return step, works
@@ -148,22 +198,25 @@ def _tokens(works: Sequence[Work]) -> tuple[Array, Array]:
     return np.array(tokens, np.int64), np.array(following, np.int64)
 
 
-def _groups(absorbed: Sequence[int], counts: Array, lens: Array, owners: Array, rows: Rows, page: int) -> list[Group]:
-    """Neighbours of one form. absorbed: new tokens of each sequence, or 0 where it expands."""
+def _groups(absorbed: Sequence[int], bounds: Array, lens: Array, owners: Array, rows: Rows) -> list[Group]:
+    """Neighbours of one form. absorbed: new tokens of each sequence, or 0 where it expands. bounds: StepInput's."""
     groups, start = [], 0
     while start < len(absorbed):
         end = start + 1
         while end < len(absorbed) and absorbed[end] == absorbed[start]:
             end += 1
         longest = int(lens[start:end].max())
-        table = rows.table[owners[start:end], : -(-longest // page)]
-        groups.append(_group(absorbed[start], table, lens[start:end], counts[start:end]))
+        table = rows.table[owners[start:end], : -(-longest // rows.page)]
+        groups.append(_group(absorbed[start], table, lens[start:end], bounds[start : end + 1] - bounds[start]))
         start = end
     return groups
 
 
-def _group(count: int, table: NDArray[np.int32], lens: Array, new: Array) -> Group:
-    return Group(count, tensor(table), tensor(lens.astype(np.int32)), tensor(new))
+def _group(count: int, table: NDArray[np.int32], lens: Array, bounds: Array) -> Group:
+    return Group(
+        count, int(bounds[-1]), int(np.diff(bounds).max()), int(lens.sum()), int(lens.max()),
+        tensor(table), tensor(lens.astype(np.int32)), tensor(bounds.astype(np.int32)),
+    )  # fmt: skip
 
 
 def _sampled(works: Sequence[Work], first: Array) -> tuple[Array, Array, Array]:
@@ -185,16 +238,14 @@ def _sampled(works: Sequence[Work], first: Array) -> tuple[Array, Array, Array]:
     return sampled, draft, ends
 
 
-def _reported(works: Sequence[Work], first: Array) -> tuple[Array, Array]:
+def _reported(works: Sequence[Work], first: Array) -> tuple[Array, int]:
     """StepInput's report and report_top: of prompts that want it, all tokens that another one follows."""
-    places: list[Array] = []
-    top: list[Array] = []
+    places, top = [np.zeros(0, np.int64)], 0
     for number, work in enumerate(works):
         if wanted := reported(work):
             places.append(first[number] + np.arange(wanted))
-            top.append(np.full(wanted, work.request.params.top_logprobs))
-    none = np.zeros(0, np.int64)
-    return (np.concatenate(places), np.concatenate(top)) if places else (none, none)
+            top = max(top, work.request.params.top_logprobs)
+    return np.concatenate(places), top
 
 
 def reported(work: Work) -> int:

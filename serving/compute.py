@@ -17,14 +17,14 @@ from ..core.step import Routing, Step
 from ..ops.sampling import log_probability, sample
 from .graphs import DecodeGraphs
 from .sampler import choose, likeliest
-from .step import StepInput, StepOutput
+from .step import Group, StepInput, StepOutput
 
 HEAD_ROWS = 256  # positions of a prompt whose logits are looked at at once
 
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """num_blocks: pages of the cache. rows: of requests, see batch.Rows. speculative_tokens: drafted per step.
+    """num_blocks: pages of the cache. rows: of requests, see rows.Rows. speculative_tokens: drafted per step.
 
     ahead: steps come before the tokens of the last one are known to whoever plans them.
     per_token: see batch.build. captured: replay decoding steps, see graphs.
@@ -59,6 +59,7 @@ class Computer:
         self.model, self.settings, self.config = model, settings, model.config
         weight = next(model.model.norm.parameters())
         self.device = weight.device
+        self.on_host = self.device.type == "cpu"
         spare = int(settings.captured)
         dtype = settings.cache_dtype or weight.dtype
         self.cache = PagedCache(self.config, settings.num_blocks + spare, dtype, self.device)
@@ -68,7 +69,7 @@ class Computer:
         self.expert_log: Tensor | None = None  # i16 [slots, layers with experts, k], once somebody wants to know
 
     def _there(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return tensor if self.on_host else tensor.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
@@ -76,55 +77,53 @@ class Computer:
             self._copy(step.copies)
         replayed = self.graphs is not None and self.graphs.fits(step)
         hidden, logits, described = self._replayed(step) if replayed else self._forward(step)
-        report = self._report(step, hidden)
+        output = StepOutput()
+        if len(step.report):
+            self._report(step, hidden, output)
         if not len(step.sampled):
             if self.settings.speculative_tokens:
                 self._module(step, hidden, self._there(step.following), described)
-            return self._output(step, None, report)
+            return output
         places, positions = self._there(step.sampled), self._there(step.next_positions)
         if logits is None:
-            logits = self.model.head(hidden[places.clamp(min=0).flatten()])
-        logits = logits.float().view(*places.shape, -1)
+            wanted = hidden if step.all_sampled else hidden[places.clamp(min=0).flatten()]
+            logits = self.model.head(wanted)
+        logits = logits.float()
         settings = [self._there(column) for column in step.settings]
-        tokens, logprobs, accepted = choose(logits, step, settings, positions, self.settings.per_token)
-        drafts = None
+        tokens, output.logprobs, accepted = choose(logits, step, settings, positions, self.settings.per_token)
+        output.tokens, output.accepted = tokens, accepted
         if self.settings.speculative_tokens:
             predicted = self._module(step, hidden, self._following(step, places, tokens), described)
-            drafts = self._draft(step, predicted, tokens, accepted, places, settings, positions)
+            output.drafts = self._draft(step, predicted, tokens, accepted, places, settings, positions)
         if self.settings.ahead:
             self.last[self._there(step.sampled_rows)] = tokens[:, 0]
-        count = int(step.top.max())
-        top = likeliest(logits, count) if count else None
-        return self._output(step, (tokens, logprobs, accepted, drafts, top), report)
+        if step.top:
+            output.top_ids, output.top_logprobs = likeliest(logits.view(*places.shape, -1), step.top)
+        return output
 
     # The pass ---------------------------------------------------------------------------------------------------------
 
-    def _bind(self, step: StepInput) -> tuple[MixedStep, Tensor, int]:
-        """The cache as the step sees it, cu_seqlens i32 [B + 1] of its new tokens, and the most of one sequence."""
+    def _bind(self, step: StepInput) -> PagedStep | MixedStep:
+        """The cache as the step sees it."""
         slots, parts, start = self._there(step.slots), [], 0
+        if len(step.groups) == 1:
+            return self._bind_group(step.groups[0], slots)
         for group in step.groups:
-            size = int(group.new.sum())
-            rows, lens = slice(start, start + size), group.lens
-            view = PagedStep(
-                self.cache, slots[rows], self._there(group.table), self._there(lens), lens, int(lens.sum()),
-                int(lens.max()), bool(group.count),
-            )  # fmt: skip
-            parts.append(Part(rows, view, self._bounds(group.new), int(group.new.max())))
-            start += size
-        bound = MixedStep(self.cache, slots, parts)
-        if len(parts) == 1:
-            return bound, parts[0].cu_seqlens, parts[0].max_len
-        every = torch.cat([group.new for group in step.groups])
-        return bound, self._bounds(every), int(every.max())
+            rows = slice(start, start + group.new)
+            parts.append(Part(rows, self._bind_group(group, slots[rows]), self._there(group.bounds), group.most))
+            start += group.new
+        return MixedStep(self.cache, slots, parts)
 
-    def _bounds(self, lengths: Tensor) -> Tensor:
-        return self._there(pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
+    def _bind_group(self, group: Group, slots: Tensor) -> PagedStep:
+        table, lens, absorbed = self._there(group.table), self._there(group.lens), group.count > 0
+        return PagedStep(self.cache, slots, table, lens, group.lens, group.total, group.longest, absorbed)
 
     def _forward(self, step: StepInput) -> tuple[Tensor, None, Step]:
         """Hidden states [T, D] behind the final norm, no logits yet, and the pass as the model describes it."""
-        bound, cu_seqlens, max_len = self._bind(step)
-        routing = Routing() if step.record else None
-        described = self.model.step(self._there(step.positions), cu_seqlens, max_len, bound, routing, bound.longest)
+        bound, routing = self._bind(step), Routing() if step.record else None
+        positions, bounds = self._there(step.positions), self._there(step.bounds)
+        most = max([group.most for group in step.groups])
+        described = self.model.step(positions, bounds, most, bound, routing, bound.longest)
         hidden = self.model.model.norm(self.model.blocks(self.model.embed(self._tokens(step)), described))
         if routing is not None and routing.experts:
             self._log_experts(bound.slots, routing)
@@ -174,12 +173,12 @@ class Computer:
         return self._there(step.following).index_put((places[known],), tokens[known].clamp(min=0))
 
     def _draft(
-        self, step: StepInput, predicted: Tensor, tokens: Tensor, accepted: Tensor, places: Tensor,
+        self, step: StepInput, predicted: Tensor, tokens: Tensor, accepted: Tensor | None, places: Tensor,
         settings: list[Tensor], positions: Tensor,
     ) -> Tensor:  # fmt: skip
         """predicted [T, D], the module's output over the step -> i64 [B, speculative_tokens], -1 behind where a
         request's pages end."""
-        behind = accepted.long()
+        behind = torch.zeros_like(positions) if accepted is None else accepted.long()
         hidden = predicted[places.gather(1, behind[:, None]).squeeze(1)]  # of the last known token but the newest
         newest = positions + behind  # where the newest token stands
         token = self._draft_token(hidden, settings, newest + 1)
@@ -212,22 +211,17 @@ class Computer:
 
     # Reports ----------------------------------------------------------------------------------------------------------
 
-    def _report(self, step: StepInput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _report(self, step: StepInput, hidden: Tensor, output: StepOutput) -> None:
         """Of the prompts that want it: log-probability of the following token, and the likeliest, place by place."""
-        places = step.report
-        if not len(places):
-            empty = torch.empty(0, device=self.device)
-            return empty, empty.long()[:, None], empty[:, None]
-        count = int(step.report_top.max())
-        target = self._there(step.following[places])
+        places, target = self._there(step.report), self._there(step.following[step.report])
         values, ids, best = [], [], []
-        for rows, tokens in zip(hidden[self._there(places)].split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
+        for rows, tokens in zip(hidden[places].split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
             logits = self.model.head(rows).float()
             values.append(log_probability(logits, tokens))
-            of_ids, of_best = likeliest(logits, count)
+            of_ids, of_best = likeliest(logits, step.report_top)
             ids.append(of_ids)
             best.append(of_best)
-        return torch.cat(values), torch.cat(ids), torch.cat(best)
+        output.report, output.report_ids, output.report_logprobs = torch.cat(values), torch.cat(ids), torch.cat(best)
 
     def _log_experts(self, slots: Tensor, routing: Routing) -> None:
         chosen = torch.stack([routing.experts[layer] for layer in sorted(routing.experts)], 1)  # [T, layers, k]
@@ -235,16 +229,3 @@ class Computer:
             count = self.num_blocks * self.cache.page_size
             self.expert_log = torch.zeros(count, *chosen.shape[1:], dtype=torch.int16, device=self.device)
         self.expert_log[slots] = chosen.to(torch.int16)
-
-    def _output(
-        self,
-        step: StepInput,
-        chosen: tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None] | None,
-        report: tuple[Tensor, Tensor, Tensor],
-    ) -> StepOutput:
-        none, some = torch.empty(len(step.sampled), 0), torch.empty(len(step.sampled), 0, dtype=torch.int64)
-        if chosen is None:
-            return StepOutput(some, none, some[:, :0].sum(1).int(), some, some[..., None], none[..., None], *report)
-        tokens, logprobs, accepted, drafts, top = chosen
-        ids, best = (some[..., None], none[..., None]) if top is None else top
-        return StepOutput(tokens, logprobs, accepted, some if drafts is None else drafts, ids, best, *report)

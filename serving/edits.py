@@ -12,15 +12,14 @@ from .step import Edits
 Rows = list[NDArray[np.int64]]
 
 
-def edits_of(requests: Sequence[Request], width: int, vocab_size: int) -> Edits:
-    """requests: those that sample, each with `width` rows of logits: its next token's, and one per drafted token.
+def edits_of(requests: Sequence[Request], width: int, vocab_size: int) -> Edits | None:
+    """None where nothing is changed.
+
+    requests: those that sample, each with `width` rows of logits: its next token's, and one per drafted token.
 
     Biases and guides hold for all rows of a request; penalized requests draft nothing and have one. Presence and
     frequency penalties are OpenAI's, of the generated tokens; the repetition penalty is that of CTRL (section 4.1).
     """
-    changing = [(i, request) for i, request in enumerate(requests) if request.changes_logits]
-    if not changing:
-        return Edits()
     added: tuple[Rows, Rows, list[NDArray[np.float32]]] = ([], [], [])
     repeated: tuple[Rows, Rows, list[NDArray[np.float32]]] = ([], [], [])
     masked: list[int] = []
@@ -32,7 +31,9 @@ def edits_of(requests: Sequence[Request], width: int, vocab_size: int) -> Edits:
         where[1].append(ids)
         where[2].append(np.broadcast_to(np.asarray(values, np.float32), ids.shape))
 
-    for i, request in changing:
+    for i, request in enumerate(requests):
+        if not request.changes_logits:
+            continue
         params, first = request.params, i * width
         rows = range(first, first + len(request.draft) + 1)
         if params.logit_bias:
@@ -49,6 +50,8 @@ def edits_of(requests: Sequence[Request], width: int, vocab_size: int) -> Edits:
             request.guide.fill_along(request.draft, mine)
             masked += rows
             masks.append(mine)
+    if not (added[0] or repeated[0] or masked):
+        return None
     edits = Edits()
     if added[0]:
         edits.bias_row, edits.bias_token, edits.bias = (torch.from_numpy(np.concatenate(part)) for part in added)

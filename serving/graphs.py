@@ -38,8 +38,9 @@ class DecodeGraphs:
         sizes = SIZES[: bisect_left(SIZES, min(most, SIZES[-1])) + 1]
         for count in counts:
             for size in sizes:
-                lens = torch.full((1,), count, dtype=torch.int32)
-                alone = Group(count, torch.full((1, 1), self.spare, dtype=torch.int32), lens, torch.full((1,), count))
+                lens, bounds = torch.tensor([count], dtype=torch.int32), torch.tensor([0, count], dtype=torch.int32)
+                table = torch.full((1, 1), self.spare, dtype=torch.int32)
+                alone = Group(count, count, count, count, count, table, lens, bounds)
                 inputs = self._inputs(
                     torch.arange(count), self.spare * self.cache.page_size + torch.arange(count), alone, size
                 )
@@ -50,9 +51,8 @@ class DecodeGraphs:
 
     def fits(self, step: StepInput) -> bool:
         """Is it one group of a size that is captured, that wants logits of all its tokens, with nothing to record?"""
-        sequences, wanted = len(step.groups[0].lens), step.sampled.numel() - int((step.sampled < 0).sum())
-        one = len(step.groups) == 1 and sequences <= SIZES[-1]
-        return one and wanted == step.sampled.numel() == len(step.tokens) and not step.record
+        one = len(step.groups) == 1 and len(step.groups[0].lens) <= SIZES[-1]
+        return one and step.all_sampled and not step.record
 
     def main(self, step: StepInput, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens i64 [T] on the device -> hidden states [T, D] behind the final norm, and logits [T, V]."""

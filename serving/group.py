@@ -16,8 +16,9 @@ from ..core.model import DeepseekV3
 from ..parallel.channel import Channel, PeerLost
 from ..parallel.inference import idle
 from ..parallel.mesh import Mesh
-from .batch import Rows, build
+from .batch import build
 from .compute import Computer, ComputeSettings, module_passes
+from .rows import Rows
 from .runner import RunnerSettings, Sampled, results
 from .scheduler import Plan, Work
 from .step import StepInput, StepOutput
@@ -77,7 +78,7 @@ class GroupRunner:
         cache, self.config = member.computer.cache, member.whole
         self.page_size = cache.page_size
         pages = cache.pages_for(self.config.max_position_embeddings)
-        self.rows = [Rows(self.settings.rows, pages) for _ in range(self.shards)]
+        self.rows = [Rows(self.settings.rows, pages, self.page_size) for _ in range(self.shards)]
 
     def beat(self) -> None:
         self.channel.beat()
@@ -90,7 +91,7 @@ class GroupRunner:
             works = [work for work in plan.works if work.request.shard == shard]
             if works:
                 copies = [(source, target) for place, source, target in plan.copies if place == shard]
-                step, works = build(works, copies, self.rows[shard], self.page_size, self.config, False)
+                step, works = build(works, copies, self.rows[shard], self.config, False)
                 passes = max(passes, module_passes(step, self.settings.speculative_tokens))
                 message |= {f"{shard}/{name}": tensor for name, tensor in step.packed().items()}
             shares.append(works)

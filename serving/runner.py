@@ -1,32 +1,33 @@
 """Carries out plans: on this process's model, or wherever another `Runner` has it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..core.model import DeepseekV3
-from .batch import Rows, build, reported
+from .batch import build, reported
 from .compute import Computer, ComputeSettings
 from .messages import TopLogprobs
 from .request import Request
+from .rows import Rows
 from .scheduler import Plan, Work
 from .step import StepOutput
 
 
-@dataclass
-class Sampled:
+class Sampled(msgspec.Struct):
     """What a step gave one of its works. tokens: empty where nothing was to be sampled. prompt_logprobs, prompt_top: of
     the tokens behind the work's ones, as far as the prompt goes."""
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[TopLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_top: list[TopLogprobs] = field(default_factory=list)
-    draft: list[int] = field(default_factory=list)
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    top: list[TopLogprobs] = []
+    prompt_logprobs: list[float] = []
+    prompt_top: list[TopLogprobs] = []
+    draft: list[int] = []
 
 
 class Runner(Protocol):
@@ -89,7 +90,8 @@ class ModelRunner:
         )  # fmt: skip
         self.computer = Computer(model, computing)
         self.page_size = self.computer.cache.page_size
-        self.rows = Rows(settings.rows, self.computer.cache.pages_for(self.config.max_position_embeddings))
+        pages = self.computer.cache.pages_for(self.config.max_position_embeddings)
+        self.rows = Rows(settings.rows, pages, self.page_size)
 
     @property
     def num_blocks(self) -> int:
@@ -97,7 +99,7 @@ class ModelRunner:
 
     def launch(self, plan: Plan) -> tuple[list[Work], StepOutput]:
         copies = [(source, target) for _, source, target in plan.copies]
-        step, works = build(plan.works, copies, self.rows, self.page_size, self.config, self.settings.per_token)
+        step, works = build(plan.works, copies, self.rows, self.config, self.settings.per_token)
         return works, self.computer.run(step)
 
     def resolve(self, launched: tuple[list[Work], StepOutput]) -> list[tuple[Work, Sampled]]:
@@ -132,29 +134,33 @@ class ModelRunner:
 
 def results(works: Sequence[Work], output: StepOutput) -> list[tuple[Work, Sampled]]:
     """A step's tensors, told apart by works."""
-    tokens, logprobs, accepted = output.tokens.tolist(), output.logprobs.tolist(), output.accepted.tolist()
-    drafts = output.drafts.tolist()
-    report = output.report.tolist()
+    tokens, logprobs, drafts, report = (
+        [] if values is None else values.tolist()
+        for values in (output.tokens, output.logprobs, output.drafts, output.report)
+    )
+    accepted = None if output.accepted is None else output.accepted.tolist()
     pairs = []
     number = place = 0
     for work in works:
         sampled, params = Sampled(), work.request.params
-        if wanted := reported(work):
+        if params.prompt_logprobs and (wanted := reported(work)):
             end = place + wanted
             sampled.prompt_logprobs = report[place:end]
             if params.top_logprobs:
+                assert output.report_ids is not None and output.report_logprobs is not None
                 sampled.prompt_top = _pairs(
                     output.report_ids[place:end], output.report_logprobs[place:end], params.top_logprobs
                 )
             place = end
         if work.sample:
-            count = accepted[number] + 1
+            count = 1 if accepted is None else accepted[number] + 1
             sampled.tokens, sampled.logprobs = tokens[number][:count], logprobs[number][:count]
             if params.top_logprobs:
+                assert output.top_ids is not None and output.top_logprobs is not None
                 sampled.top = _pairs(
                     output.top_ids[number, :count], output.top_logprobs[number, :count], params.top_logprobs
                 )
-            if not params.penalized:  # what is drafted is judged without knowing what comes between
+            if drafts and not params.penalized:  # what is drafted is judged without knowing what comes between
                 sampled.draft = [token for token in drafts[number] if token >= 0]
             number += 1
         pairs.append((work, sampled))

@@ -37,31 +37,33 @@ def forbid(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
 
 def choose(
     raw: Tensor, step: StepInput, settings: list[Tensor], positions: Tensor, row_by_row: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """raw f32 [B, K + 1, V], the model's logits behind the last token and behind each drafted one (any numbers where
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """raw f32 [B (K + 1), V], the model's logits behind the last token and behind each drafted one (any numbers where
     there is none) -> tokens i64 [B, K + 1], the accepted drafts and one more, then -1; their logprobs f32; accepted
-    i32 [B]. row_by_row: reports must not depend on the batch, to the last bit."""
-    (B, width, V), edits = raw.shape, step.edits
-    logits = edited(raw.view(B * width, V), edits).view(B, width, V) if edits.any else raw
+    i32 [B], None where K is 0. row_by_row: reports must not depend on the batch, to the last bit."""
+    (B, width), edits = step.sampled.shape, step.edits
+    logits = raw if edits is None else edited(raw, edits)
+    accepted = None
     if width == 1:
-        token, logprob = sample(logits[:, 0], *settings, positions)
-        tokens, logprobs = token[:, None], logprob[:, None]
-        accepted = torch.zeros(B, dtype=torch.int32, device=raw.device)
+        token, logprob = sample(logits, *settings, positions)
+        tokens, logprobs = token.unsqueeze(1), logprob.unsqueeze(1)
     else:
         draft = step.draft.to(raw.device, non_blocking=True)
-        accepted, tokens, logprobs = spec_verify(draft, logits, *settings, positions)
-    special = step.heat != 1
-    if edits.any:
-        for rows in (edits.bias_row, edits.repeat_row, edits.mask_row):
-            special[rows // width] = True  # what was reported is of the edited logits
-    if special.any():
-        chosen = special.nonzero()[:, 0].to(raw.device)
-        logprobs = logprobs.index_copy(0, chosen, _reported(raw, tokens, step.heat.to(raw.device), chosen, row_by_row))
+        accepted, tokens, logprobs = spec_verify(draft, logits.view(B, width, -1), *settings, positions)
+    if edits is not None or len(step.heat):
+        heat = step.heat if len(step.heat) else torch.ones(B)
+        special = heat != 1
+        if edits is not None:
+            for rows in (edits.bias_row, edits.repeat_row, edits.mask_row):
+                special[rows // width] = True  # what was reported is of the edited logits
+        chosen, raw = special.nonzero()[:, 0].to(raw.device), raw.view(B, width, -1)
+        logprobs = logprobs.index_copy(0, chosen, _reported(raw, tokens, heat.to(raw.device), chosen, row_by_row))
     return tokens, logprobs, accepted
 
 
 def _reported(raw: Tensor, tokens: Tensor, heat: Tensor, chosen: Tensor, row_by_row: bool) -> Tensor:
-    """Log-probabilities f32 [N, K + 1] of the tokens of the requests `chosen` i64 [N] under the model itself."""
+    """raw f32 [B, K + 1, V] -> log-probabilities f32 [N, K + 1] of the tokens of the requests `chosen` i64 [N] under
+    the model itself."""
     rows = (raw[chosen] / heat[chosen, None, None]).flatten(0, 1)
     named = tokens[chosen].clamp(min=0).flatten()
     if row_by_row:
