@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 from ..core.generate import tail
@@ -64,6 +65,7 @@ class Engine:
         self.requests: dict[int, Request] = {}
         self.compiling: dict[int, tuple[Request, Future[Any]]] = {}
         self.under_way: Any = None
+        self.earliest = inf  # no deadline is before
         self.counted = Stats()
         self.on_finish: Callable[[Request], None] | None = None  # while it still holds its blocks
 
@@ -84,6 +86,8 @@ class Engine:
             message.salt, now, None if message.timeout is None else now + message.timeout, record_experts,
         )  # fmt: skip
         self.requests[message.id] = request
+        if request.deadline is not None:
+            self.earliest = min(self.earliest, request.deadline)
         if params.guide is None:
             self.scheduler.add(request)
         else:
@@ -172,14 +176,15 @@ class Engine:
         return outputs
 
     def _overdue(self) -> list[Output]:
-        now = None
-        outputs = []
-        for request in [r for r in self.requests.values() if r.deadline is not None]:
-            now = self.clock() if now is None else now
-            assert request.deadline is not None
-            if now >= request.deadline:
+        if self.earliest == inf or (now := self.clock()) < self.earliest:
+            return []
+        outputs, self.earliest = [], inf
+        for request in list(self.requests.values()):
+            if request.deadline is not None and now >= request.deadline:
                 self._end(request, "timeout")
                 outputs.append(self._last_words(request, "timeout"))
+            elif request.deadline is not None:
+                self.earliest = min(self.earliest, request.deadline)
         return outputs
 
     def _last_words(self, request: Request, finish: str, error: str | None = None) -> Output:
@@ -188,14 +193,15 @@ class Engine:
     def _take(self, work: Work, sampled: Sampled) -> Output | None:
         """One work's result into its request, and what to say about it."""
         request = work.request
-        before, drafted = len(request.tokens) - request.unresolved, len(request.draft)
+        before, draft = len(request.tokens) - request.unresolved, request.draft
         self.scheduler.computed(work, sampled.tokens)
         if not request.running:
             return None  # it ended while this was under way
-        if request.simple and work.sample and not drafted and work.start >= request.prompt_length:
+        if request.simple and work.sample and not draft and work.start >= request.prompt_length:
             token = sampled.tokens[0]
             if token not in request.ends and before + 1 < request.limit:  # most steps of most requests
-                request.draft = sampled.draft[: request.limit - before - 2]
+                if sampled.draft:
+                    request.draft = sampled.draft[: request.limit - before - 2]
                 self.counted.generation_tokens += 1
                 return Output(request.id, sampled.tokens, sampled.logprobs, sampled.top, seed=request.seed)
         first = before == request.prompt_length
@@ -205,9 +211,9 @@ class Engine:
         request.told += len(prompt_logprobs)
         if not sampled.tokens and not prompt_logprobs:
             return None
-        if drafted:
+        if draft:
             self.counted.drafts += 1
-            self.counted.draft_tokens += drafted
+            self.counted.draft_tokens += len(draft)
             self.counted.accepted_tokens += len(sampled.tokens) - 1
         request.draft = sampled.draft[: max(request.limit - len(request.tokens) - 1, 0)]
         count, finish, error = self._accept(request, sampled.tokens, before)

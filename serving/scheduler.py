@@ -274,9 +274,15 @@ class Scheduler:
         request = work.request
         if request.in_flight:
             request.in_flight -= 1
-            if request.running and work.sample:
+            if not request.running:  # it ended meanwhile
+                if not request.in_flight:
+                    self.leaving.discard(request)
+                    self._release(request)
+                return
+            if work.sample:
                 request.tokens[len(request.tokens) - request.unresolved] = tokens[0]
                 request.unresolved -= 1
+            computed = request.computed
         else:
             computed = work.start + work.count
             if work.sample:
@@ -285,12 +291,8 @@ class Scheduler:
                     computed += len(tokens) - len(request.draft) - 1
                     request.draft = []
             request.computed = computed
-        if request.running:
-            if request.computed // self.page > request.named:
-                self._name_blocks(request)
-        elif not request.in_flight:
-            self.leaving.discard(request)
-            self._release(request)
+        if computed // self.page > request.named:
+            self._name_blocks(request)
 
     def _name_blocks(self, request: Request) -> None:
         full = min(request.computed, len(request.tokens) - request.unresolved) // self.page
