@@ -1,5 +1,5 @@
 # Every target sets up what it needs by itself: .venv when it is missing, and in it the project with an extra, under
-# constraints.txt. That is done again only when pyproject.toml or constraints.txt changes.
+# constraints.txt. That is done again only when pyproject.toml, constraints.txt or the C++ sources change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -63,11 +63,14 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info backends/cpu/native/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# What the C++ kernels of the cpu backend are built from; an installation builds them anew where they changed.
+NATIVE := setup.py $(wildcard backends/cpu/native/*.cpp backends/cpu/native/*.h)
+
 # A stamp per extra. Debian may have python3 without ensurepip: then the system's pip installs one into the new .venv.
-$(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.%: pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "dsv3 needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
 	    echo "Install one and say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; } >&2

@@ -130,7 +130,7 @@ def _runner(options: EngineOptions) -> "tuple[Runner, ModelConfig, str]":
     device, backend = _activated(options)
     model = DeepseekV3.from_pretrained(options.directory, device=device, dtype=_dtype(options), fp8=options.fp8)
     model.pack()
-    runner = ModelRunner(model, replace(_settings(model, options), captured=device != "cpu"))
+    runner = ModelRunner(model, replace(_settings(model, options), captured=not options.batch_invariant))
     runner.warm()
     return runner, model.config, backend
 

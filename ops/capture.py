@@ -44,10 +44,25 @@ class Program:
             return self.module(*inputs)
 
 
-# backend -> what captures there. A backend that is not named records a Program.
+class NotCapturable(Exception):
+    """A step that does what its backend's way of capturing cannot repeat. Nothing but time is lost."""
+
+
+# backend -> what captures there, faster than the step itself. A backend that is not named has nothing of the kind.
 CAPTURERS: dict[str, Callable[[Function, tuple[Tensor, ...]], Captured]] = {}
 
 
+def capture_for_speed(step: Function, *inputs: Tensor) -> Captured | None:
+    """Run `step(*inputs)` on the active backend, once or twice, and keep it; None where a replay would gain nothing."""
+    capturer = CAPTURERS.get(active_backend())
+    if capturer is None:
+        return None
+    try:
+        return capturer(step, inputs)
+    except NotCapturable:
+        return None
+
+
 def capture(step: Function, *inputs: Tensor) -> Captured:
-    """Run `step(*inputs)` on the active backend, once or twice, and keep it for replay."""
-    return CAPTURERS.get(active_backend(), Program)(step, inputs)
+    """The same, as a recorded program where there is nothing faster."""
+    return capture_for_speed(step, *inputs) or Program(step, inputs)

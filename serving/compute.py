@@ -157,9 +157,11 @@ class Computer:
             pages[self._there(copies[1])] = pages[self._there(copies[0])]
 
     def grow(self, num_blocks: int) -> None:
-        """Make the cache larger; what it holds stays where it is. Not of one whose address is captured."""
-        assert self.graphs is None
-        self.cache.rearrange(num_blocks, {block: block for block in range(self.num_blocks)})
+        """Make the cache larger; what it holds stays where it is. What was captured knows where it was, and goes."""
+        spare = int(self.settings.captured)
+        self.cache.rearrange(num_blocks + spare, {block: block for block in range(self.num_blocks)})
+        if self.graphs is not None:
+            self.graphs = DecodeGraphs(self.model, self.cache, num_blocks)
         if self.expert_log is not None:
             more = (num_blocks - self.num_blocks) * self.cache.page_size
             self.expert_log = pad(self.expert_log, (0, 0, 0, 0, 0, more))

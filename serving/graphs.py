@@ -1,7 +1,8 @@
-"""Decoding steps captured once per shape and replayed (`ops.capture`): a CUDA graph on a GPU, else a recorded program.
+"""Decoding steps captured once per shape and replayed (`ops.capture`): a CUDA graph on a GPU, on the CPU a program of
+calls in C++.
 
-A step is captured when every sequence brings the same number of tokens. Batches are filled up to the next captured size
-with sequences that live in a page of their own, which no request holds.
+A step is captured when every sequence brings the same number of tokens, and where a replay gains something. Batches are
+filled up to the next captured size with sequences that live in a page of their own, which no request holds.
 """
 
 from bisect import bisect_left
@@ -14,10 +15,10 @@ from torch.nn.functional import pad
 
 from ..core.cache import PagedCache, PagedStep
 from ..core.model import DeepseekV3
-from ..ops.capture import Captured, capture
-from .step import Group, StepInput
+from ..ops.capture import Captured, capture_for_speed
+from .step import StepInput
 
-Shape = tuple[int, int]  # sequences, and tokens of each
+Shape = tuple[int, int, int]  # sequences, tokens of each, and pages that a sequence may have
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences of a captured step
 
@@ -30,80 +31,114 @@ class DecodeGraphs:
         self.context = model.config.max_position_embeddings
         self.width = cache.pages_for(self.context)
         self.replays = 0
-        self._main: dict[Shape, Captured] = {}
-        self._module: dict[Shape, Captured] = {}
+        self._main: dict[Shape, Captured | None] = {}
+        self._module: dict[Shape, Captured | None] = {}
 
     def warm(self, counts: Sequence[int], most: int) -> None:
         """Capture every size up to `most` sequences of so many tokens each, before somebody waits for it."""
         sizes = SIZES[: bisect_left(SIZES, min(most, SIZES[-1])) + 1]
         for count in counts:
             for size in sizes:
-                lens, bounds = torch.tensor([count], dtype=torch.int32), torch.tensor([0, count], dtype=torch.int32)
                 table = torch.full((1, 1), self.spare, dtype=torch.int32)
-                alone = Group(count, count, count, count, count, table, lens, bounds)
-                inputs = self._inputs(
-                    torch.arange(count), self.spare * self.cache.page_size + torch.arange(count), alone, size
-                )
+                places, lens = torch.arange(count), torch.full((1,), count, dtype=torch.int32)
+                shape = size, count, self._pages(1)
+                inputs = self._inputs(places, self.spare * self.cache.page_size + places, table, lens, shape)
                 tokens = torch.zeros(size * count, dtype=torch.int64, device=self.cache.device)
-                hidden, _ = self._replayed(self._main, self._pass, (size, count), tokens, *inputs)
+                main = self._known(self._main, self._pass, shape, tokens, *inputs)
+                if main is None:  # nor will a larger one be
+                    break
                 if self.model.config.num_nextn_predict_layers and len(counts) > 1:
-                    self._replayed(self._module, self._module_pass, (size, count), hidden, tokens, *inputs)
+                    hidden, _ = main.replay(tokens, *inputs)
+                    self._known(self._module, self._module_pass, shape, hidden, tokens, *inputs)
+
+    def forget(self) -> None:
+        """What was derived from weights is part of a captured step: they have changed."""
+        self._main.clear()
+        self._module.clear()
 
     def fits(self, step: StepInput) -> bool:
-        """Is it one group of a size that is captured, that wants logits of all its tokens, with nothing to record?"""
-        one = len(step.groups) == 1 and len(step.groups[0].lens) <= SIZES[-1]
-        return one and step.all_sampled and not step.record
+        """Is it one group of a size that can be captured, all of whose logits are wanted, with nothing to record?"""
+        group = step.groups[0]
+        if len(step.groups) > 1 or len(group.lens) > SIZES[-1] or step.record or not step.all_sampled:
+            return False
+        shape = self._shape(step)
+        if shape not in self._main:
+            inputs = self._of(step, shape)
+            tokens = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=self.cache.device)
+            self._known(self._main, self._pass, shape, tokens, *inputs)
+        return self._main[shape] is not None
 
     def main(self, step: StepInput, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens i64 [T] on the device -> hidden states [T, D] behind the final norm, and logits [T, V]."""
-        group, size = step.groups[0], self._size(step)
-        filled = self._filled(tokens, size * group.count, 0)
-        inputs = self._inputs(step.positions, step.slots, group, size)
-        hidden, logits = self._replayed(self._main, self._pass, (size, group.count), filled, *inputs)
+        """Of a step that fits: tokens i64 [T] on the device -> hidden states [T, D] behind the final norm, and logits
+        [T, V]."""
+        shape = self._shape(step)
+        captured = self._main[shape]
+        assert captured is not None
+        self.replays += 1
+        hidden, logits = captured.replay(self._filled(tokens, shape[0] * shape[1], 0), *self._of(step, shape))
         return hidden[: len(tokens)], logits[: len(tokens)]
 
     def module(self, step: StepInput, hidden: Tensor, following: Tensor) -> Tensor:
         """The MTP module over the same tokens -> [T, D]."""
-        group, size = step.groups[0], self._size(step)
-        rows = size * group.count
-        filled = pad(hidden, (0, 0, 0, rows - len(hidden))), self._filled(following, rows, 0)
-        inputs = self._inputs(step.positions, step.slots, group, size)
-        return self._replayed(self._module, self._module_pass, (size, group.count), *filled, *inputs)[: len(hidden)]
+        shape, count = self._shape(step), len(hidden)
+        rows = shape[0] * shape[1]
+        filled = pad(hidden, (0, 0, 0, rows - count)), self._filled(following, rows, 0)
+        inputs = *filled, *self._of(step, shape)
+        captured = self._known(self._module, self._module_pass, shape, *inputs)
+        if captured is None:
+            return self._module_pass(shape)(*inputs)[:count]
+        self.replays += 1
+        return captured.replay(*inputs)[:count]
 
-    def _replayed(
+    def _known(
         self,
-        known: dict[Shape, Captured],
-        make: Callable[[int, int], Callable[..., Any]],
+        known: dict[Shape, Captured | None],
+        make: Callable[[Shape], Callable[..., Any]],
         shape: Shape,
         *inputs: Tensor,
-    ) -> Any:
+    ) -> Captured | None:
         if shape not in known:
-            known[shape] = capture(make(*shape), *inputs)
-        self.replays += 1
-        return known[shape].replay(*inputs)
+            known[shape] = capture_for_speed(make(shape), *inputs)
+        return known[shape]
 
-    def _size(self, step: StepInput) -> int:
-        return SIZES[bisect_left(SIZES, len(step.groups[0].lens))]
+    def _shape(self, step: StepInput) -> Shape:
+        group = step.groups[0]
+        return SIZES[bisect_left(SIZES, len(group.lens))], group.count, self._pages(group.table.shape[1])
+
+    def _pages(self, wanted: int) -> int:
+        """A graph of a device reads lengths there, and is captured for the whole context; kernels of the CPU are chosen
+        by what the table could hold, and capturing takes them milliseconds: for that, powers of two."""
+        if self.cache.device.type != "cpu":
+            return self.width
+        return min(1 << (wanted - 1).bit_length(), self.width)
 
     def _filled(self, values: Tensor, length: int, value: int) -> Tensor:
-        return pad(values, (0, length - len(values)), value=value)
+        return values if len(values) == length else pad(values, (0, length - len(values)), value=value)
 
-    def _inputs(self, positions: Tensor, slots: Tensor, group: Group, size: int) -> tuple[Tensor, ...]:
-        """positions, slots, table and lens on the device, and lens on the host, filled up to `size` sequences."""
-        device, count, missing = self.cache.device, group.count, size - len(group.lens)
-        places = torch.arange(missing * count) % count + self.spare * self.cache.page_size
-        table = torch.full((size, self.width), self.spare, dtype=torch.int32)
-        table[: len(group.lens), : group.table.shape[1]] = group.table
-        lens = self._filled(group.lens, size, count)
-        filled = (self._filled(positions, size * count, 0), torch.cat([slots, places]), table, lens)
-        return *(tensor.to(device, non_blocking=True) for tensor in filled), lens
+    def _of(self, step: StepInput, shape: Shape) -> tuple[Tensor, ...]:
+        group = step.groups[0]
+        return self._inputs(step.positions, step.slots, group.table, group.lens, shape)
+
+    def _inputs(
+        self, positions: Tensor, slots: Tensor, table: Tensor, lens: Tensor, shape: Shape
+    ) -> tuple[Tensor, ...]:
+        """positions, slots, table and lens on the device, and lens on the host, filled up to `shape`."""
+        (size, count, pages), device = shape, self.cache.device
+        missing, page = size - len(lens), self.cache.page_size
+        if missing:
+            slots = torch.cat([slots, torch.arange(missing * count) % count + self.spare * page])
+            positions = self._filled(positions, size * count, 0)
+            lens = self._filled(lens, size, count)
+        wide = torch.full((size, pages), self.spare, dtype=torch.int32)
+        wide[: len(table), : table.shape[1]] = table
+        return *(tensor.to(device, non_blocking=True) for tensor in (positions, slots, wide, lens)), lens
 
     def _bound(self, slots: Tensor, table: Tensor, lens: Tensor, lens_cpu: Tensor) -> PagedStep:
         total = len(lens) * self.context
         return PagedStep(self.cache, slots, table, lens, lens_cpu, total, self.context, True)
 
-    def _pass(self, size: int, count: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        model = self.model
+    def _pass(self, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
+        model, (size, count, _) = self.model, shape
         bounds = torch.arange(size + 1, dtype=torch.int32, device=self.cache.device) * count
 
         def run(tokens: Tensor, positions: Tensor, *cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +148,8 @@ class DecodeGraphs:
 
         return run
 
-    def _module_pass(self, size: int, count: int) -> Callable[..., Tensor]:
-        model = self.model
+    def _module_pass(self, shape: Shape) -> Callable[..., Tensor]:
+        model, (size, count, _) = self.model, shape
         bounds = torch.arange(size + 1, dtype=torch.int32, device=self.cache.device) * count
 
         def run(hidden: Tensor, following: Tensor, positions: Tensor, *cache: Tensor) -> Tensor:

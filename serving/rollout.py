@@ -114,6 +114,8 @@ class EngineRollout(Rollout):
         self.model.refresh()
         self.weight_version += 1
         if self._engine is not None:
+            assert isinstance(self._engine.runner, ModelRunner)
+            self._engine.runner.weights_changed()
             self._engine.forget_prefixes()
         return self.weight_version
 
@@ -187,7 +189,11 @@ class EngineRollout(Rollout):
             engine.scheduler.pools[0].grow(blocks)
 
     def _make(self, blocks: int, capacity: int) -> Engine:
-        settings = RunnerSettings(blocks, self.requests, self.cache_dtype, self.speculative_tokens, self.per_token)
+        # On a device, capturing takes longer than most calls, and growth would have it done again.
+        captured = self.device.type == "cpu" and not self.per_token
+        settings = RunnerSettings(
+            blocks, self.requests, self.cache_dtype, self.speculative_tokens, self.per_token, captured
+        )
         config, limits = self.model.config, Limits(self.requests, STEP_TOKENS, float("inf"))
         chosen = EngineSettings(
             config.max_position_embeddings, config.vocab_size, capacity, frozenset(config.eos_token_ids), limits=limits

@@ -58,7 +58,7 @@ class RunnerSettings:
     """num_blocks: pages of the cache. requests: that may run at a time. speculative_tokens: drafted per step.
 
     per_token: for backends whose kernels are batch-invariant: every token is computed as if it were alone.
-    captured: replay decoding steps (graphs); the cache cannot grow then.
+    captured: replay decoding steps (graphs).
     """
 
     num_blocks: int
@@ -120,6 +120,10 @@ class ModelRunner:
 
     def grow(self, num_blocks: int) -> None:
         self.computer.grow(num_blocks)
+
+    def weights_changed(self) -> None:
+        if self.computer.graphs is not None:
+            self.computer.graphs.forget()
 
     def experts(self, request: Request, count: int) -> Tensor | None:
         """i32 [count, layers with experts, k], what the gates chose for the first `count` tokens of a request that

@@ -25,7 +25,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def shipped_files() -> set[str]:
-    """Every file of every package of the source tree, by its name in the wheel."""
+    """Every file of every package of the source tree, by its name in the wheel; of C++ that is compiled, the modules."""
 
     def walk(folder: Path) -> set[Path]:
         files = {file for file in folder.iterdir() if file.is_file()}
@@ -35,6 +35,7 @@ def shipped_files() -> set[str]:
         return files
 
     in_packages = {file for file in walk(ROOT) if file.parent != ROOT or file.suffix == ".py"}
+    in_packages -= {file for file in (ROOT / "backends" / "cpu" / "native").iterdir() if file.suffix in (".cpp", ".h")}
     return {f"dsv3/{file.relative_to(ROOT)}" for file in in_packages} - {"dsv3/setup.py"}
 
 

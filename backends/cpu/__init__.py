@@ -1,6 +1,6 @@
 """Kernels for the CPU. Importing the package registers them: this is the backend of a process that chose none."""
 
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 from .. import Backend
 
@@ -8,6 +8,10 @@ BACKEND = Backend(
     name="cpu",
     device="cpu",
     probe=lambda: None,
-    kernels=tuple(f"{__name__}.{module.name}" for module in iter_modules(__path__)),
+    kernels=tuple(
+        module.name
+        for module in walk_packages(__path__, f"{__name__}.")
+        if not module.name.rpartition(".")[2].startswith("_")  # built for a CPU that this one may not be
+    ),
 )
 BACKEND.load()
