@@ -1,7 +1,7 @@
 """The engine as an asyncio program sees it: `EngineClient` over the socket to the engine's process.
 
-One task reads; every request has a queue of what came for it. A queue that nobody empties does not grow without bound:
-outputs of one request that wait are merged into one.
+What comes goes to the mailbox of its request. One that nobody empties does not grow without bound: outputs of one
+request that wait are merged into one.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from .messages import (
     Refused,
     RequestRefused,
     Stats,
+    ToEngine,
 )
 from .wire import Wire
 
@@ -39,26 +40,20 @@ class Mailbox:
         self.arrived = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        first = self.waiting
-        if first is None:
+        if self.waiting is None:
             self.waiting = output
         else:
-            self.waiting = Output(
-                first.id, first.tokens + output.tokens, first.logprobs + output.logprobs, first.top + output.top,
-                output.finish, output.stop_reason, output.error, first.cached or output.cached, output.seed,
-                first.prompt_logprobs + output.prompt_logprobs, first.prompt_top + output.prompt_top, first.queued,
-            )  # fmt: skip
+            self.waiting.add(output)
         self.arrived.set()
 
 
-class SocketClient:
+class SocketClient(asyncio.Protocol):
     """See messages.EngineClient. process: the engine's, to be watched and, at the end, waited for. silence: seconds
     without a sign of life after which the engine counts as dead: longer than any step."""
 
     def __init__(
         self, link: socket.socket, process: "subprocess.Popen[bytes] | None" = None, silence: float = SILENCE
     ) -> None:
-        link.setblocking(False)
         self._wire: Wire[FromEngine] = Wire(link, FromEngine)  # type: ignore[arg-type]
         self._link, self._process, self._silence = link, process, silence
         self._boxes: dict[int, Mailbox] = {}
@@ -66,8 +61,8 @@ class SocketClient:
         self._dead = False
         self._heard = time.monotonic()
         self._ready: asyncio.Future[EngineInfo] | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._outgoing = asyncio.Lock()
+        self._ended = asyncio.Event()
+        self._transport: asyncio.Transport | None = None
         self.info = EngineInfo("", 0, 0, 0, 0, "")
         self.stats = Stats()
 
@@ -77,26 +72,32 @@ class SocketClient:
 
     async def start(self) -> EngineInfo:
         """Wait until the engine has loaded its model. Raises UserError with what it says if it cannot."""
-        self._ready = asyncio.get_running_loop().create_future()
-        self._reader = asyncio.create_task(self._read())
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        await loop.create_unix_connection(lambda: self, sock=self._link)
         self.info = await self._ready
         self._heard = time.monotonic()
         return self.info
 
-    async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
+    # Called by the event loop -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = time.monotonic()
         try:
-            while True:
-                fresh = await loop.sock_recv(self._link, 1 << 18)
-                if not fresh:
-                    break
-                self._heard = time.monotonic()
-                for message in self._wire.feed(fresh):
-                    self._take(message)
-        except OSError:
-            pass
-        finally:
-            self._died()
+            for message in self._wire.feed(data):
+                self._take(message)
+        except EOFError:
+            assert self._transport is not None
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._died()
+
+    # What comes, and what goes ----------------------------------------------------------------------------------------
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Stats):
@@ -116,6 +117,7 @@ class SocketClient:
 
     def _died(self) -> None:
         self._dead = True
+        self._ended.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(
                 UserError("the engine's process ended while it loaded the model; see its log above")
@@ -123,30 +125,25 @@ class SocketClient:
         for box in self._boxes.values():
             box.arrived.set()
 
-    async def _send(self, message: object) -> None:
-        """Whoever is cancelled meanwhile, it is sent whole: half a message would make nonsense of all that follow."""
-        if self._dead:
+    def _send(self, message: ToEngine) -> None:
+        """Does not wait: what the socket does not take at once is kept, and written whole before anything else."""
+        if self._dead or self._transport is None:
             raise EngineDied("the engine's process has ended")
-        sending = asyncio.ensure_future(self._write(message))
-        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(sending)
-
-    async def _write(self, message: object) -> None:
-        async with self._outgoing:
-            try:
-                await asyncio.get_running_loop().sock_sendall(self._link, self._wire.packed(message))
-            except OSError:
-                self._died()
-                raise EngineDied("the engine's process has ended") from None
+        self._transport.write(self._wire.packed(message))
 
     async def stream(
-        self, prompt: list[int], params: SamplingParams, salt: bytes = b"", timeout: float | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        timeout: float | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[Output, None]:
         id, self._next = self._next, self._next + 1
         box = self._boxes[id] = Mailbox()
         finished = False
         try:
-            await self._send(Add(id, prompt, params, salt, timeout))
+            self._send(Add(id, prompt, params, salt, timeout, whole))
             while not finished:
                 if not self._dead:
                     await box.arrived.wait()
@@ -163,12 +160,7 @@ class SocketClient:
         finally:
             del self._boxes[id]
             if not finished and not self._dead:
-                self._abort(id)
-
-    def _abort(self, id: int) -> None:
-        """Of a generator that is being closed: nothing may be awaited there."""
-        task = asyncio.ensure_future(self._send(Abort(id)))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+                self._send(Abort(id))
 
     async def close(self, drain: bool = False) -> int:
         """End the engine's process; its exit code. One that does not listen is killed: it still loads, or hangs."""
@@ -177,10 +169,11 @@ class SocketClient:
             self._process.kill()
         elif not self._dead:
             with contextlib.suppress(EngineDied):
-                await self._send(Close(drain))
-        if self._reader is not None:
-            await asyncio.wait([self._reader], timeout=None if drain else 10)
-            self._reader.cancel()
+                self._send(Close(drain))
+        if self._transport is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), None if drain else 10)
+            self._transport.abort()
         self._link.close()
         if self._process is None:
             return 0

@@ -17,6 +17,7 @@ class Add(msgspec.Struct, tag="add", array_like=True):
     """A request. id: of the sender's choice, not in use. salt: prefixes are shared between requests of equal salt only.
 
     timeout: seconds it may take, waiting included; then it ends with finish "timeout".
+    whole: nobody reads the text as it grows, so outputs behind the first tokens may come late, many in one.
     """
 
     id: int
@@ -24,6 +25,7 @@ class Add(msgspec.Struct, tag="add", array_like=True):
     params: SamplingParams
     salt: bytes = b""
     timeout: float | None = None
+    whole: bool = False
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -61,6 +63,17 @@ class Output(msgspec.Struct, tag="output", array_like=True):
     prompt_logprobs: list[float] = []
     prompt_top: list[TopLogprobs] = []
     queued: float = 0.0
+
+    def add(self, later: "Output") -> None:
+        """Put the next output of the same request behind this one."""
+        self.tokens += later.tokens
+        self.logprobs += later.logprobs
+        self.top += later.top
+        self.finish, self.stop_reason, self.error = later.finish, later.stop_reason, later.error
+        self.cached = self.cached or later.cached
+        self.seed = later.seed
+        self.prompt_logprobs += later.prompt_logprobs
+        self.prompt_top += later.prompt_top
 
 
 class Stats(msgspec.Struct, tag="stats", array_like=True):
@@ -128,9 +141,14 @@ class EngineClient(Protocol):
         """Does its process run, and did it show a sign of life lately?"""
 
     def stream(
-        self, prompt: list[int], params: SamplingParams, salt: bytes = b"", timeout: float | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        timeout: float | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[Output, None]:
-        """The outputs of one request, the last with a finish; closing the generator aborts the request.
+        """The outputs of one request, the last with a finish; closing the generator aborts the request. See Add.
 
         Raises RequestRefused or EngineDied, at the first step if the request never ran.
         """

@@ -1,8 +1,9 @@
 """The engine's process: reads requests from its socket, steps, and writes what comes of it.
 
-Between two steps it takes what has arrived, so that an abort takes effect within one step. A step that fails costs the
-requests that ran; when steps keep failing, or the other side has gone, the process ends. It shows a sign of life at
-least every `HEARTBEAT` seconds while it is not computing.
+Between two steps it takes what has arrived, so that an abort takes effect within one step, and sends what is due, but
+never waits for a server that is behind. A step that fails costs the requests that ran; when steps keep failing, or the
+other side has gone, the process ends. It shows a sign of life at least every `HEARTBEAT` seconds while it is not
+computing.
 """
 
 import logging
@@ -15,7 +16,8 @@ from collections.abc import Callable
 
 from ..parallel.channel import PeerLost
 from .engine import Engine
-from .messages import Abort, Add, Close, EngineInfo, FromEngine, Output, Refused, RequestRefused, ToEngine
+from .messages import Abort, Add, Close, EngineInfo, Output, Refused, RequestRefused, ToEngine
+from .outbox import Outbox
 from .wire import Wire
 
 HEARTBEAT = 0.5  # seconds
@@ -32,18 +34,25 @@ def serve(link: socket.socket, make: Callable[[], tuple[Engine, EngineInfo]]) ->
     try:
         engine, info = make()
     except Exception as error:
-        wire.send(Refused(0, f"{error}"))
-        return 2
-    wire.send(info)
+        return 2 if _told(wire, Refused(0, f"{error}")) else 1
     try:
-        return Loop(wire, engine).run()
+        return Loop(wire, engine).run() if _told(wire, info) else 1
     finally:
         engine.close()
 
 
+def _told(wire: Wire[ToEngine], message: EngineInfo | Refused) -> bool:
+    """False: the server has ended while the model was loaded."""
+    try:
+        wire.send(message)
+    except ConnectionError:
+        return False
+    return True
+
+
 class Loop:
     def __init__(self, wire: Wire[ToEngine], engine: Engine) -> None:
-        self.wire, self.engine = wire, engine
+        self.wire, self.engine, self.outbox = wire, engine, Outbox(wire)
         self.closing = self.draining = False
         self.failures = 0
         self.next_stats = 0.0
@@ -52,12 +61,14 @@ class Loop:
         try:
             while not self.closing:
                 if self.draining and self.engine.idle:
+                    self.outbox.finish(self.engine.stats())
                     return 0
                 self.engine.runner.beat()
                 self._hear(0.0 if self._busy() else HEARTBEAT)
-                if not self.engine.idle and not self._step():
-                    return 3
+                healthy = self.engine.idle or self._step()
                 self._report()
+                if not healthy:
+                    return 3
         except (EOFError, ConnectionError):
             return 1  # nobody is left to work for
         except PeerLost as lost:
@@ -76,7 +87,7 @@ class Loop:
             logger.exception("a step failed")
             self.failures += 1
             outputs = self.engine.fail("the engine failed in this step; try again")
-        self._tell(outputs)
+        self.outbox.put(outputs)
         return self.failures < FAILURES
 
     def _busy(self) -> bool:
@@ -87,38 +98,38 @@ class Loop:
     def _hear(self, patience: float) -> None:
         if not self._busy() and self.engine.compiling:
             patience = min(patience, 0.002)
-        while select.select([self.wire.link], [], [], patience)[0]:
+        link = self.wire.link
+        while True:
+            # While the server is behind, what it makes room for is sent, even if there is nothing to compute.
+            readable, writable, _ = select.select([link], [link] if self.outbox.behind else [], [], patience)
+            if writable:
+                self.outbox.send()
+            if not readable:
+                return
             for message in self.wire.read():
                 self._obey(message)
             patience = 0.0
 
     def _obey(self, message: ToEngine) -> None:
         if isinstance(message, Add):
+            self.outbox.open(message.id, message.whole)
             try:
                 self.engine.add(message)
             except RequestRefused as refused:
-                self.wire.send(Refused(message.id, str(refused)))
+                self.outbox.put([Output(message.id, finish="refused", error=str(refused))])
         elif isinstance(message, Abort):
             self.engine.abort(message.id)
+            self.outbox.drop(message.id)
         elif isinstance(message, Close):
             self.draining, self.closing = True, not message.drain
 
-    def _tell(self, outputs: list[Output]) -> None:
-        """In one write: a step of 256 requests must not cost 256 calls of the system."""
-        parts: list[bytes] = []
-        for output in outputs:
-            message: FromEngine = output
-            if output.finish == "refused":
-                message = Refused(output.id, output.error or "")
-            parts.append(self.wire.packed(message))
-        if parts:
-            self.wire.link.sendall(b"".join(parts))
-
     def _report(self) -> None:
+        """Send what is due; a few times a second, and with the end of the last request, with what the engine counts."""
         now = time.monotonic()
-        if now >= self.next_stats or self.engine.idle:
+        due = now >= self.next_stats or self.engine.idle
+        if due:
             self.next_stats = now + STATS_EVERY
-            self.wire.send(self.engine.stats())
+        self.outbox.send(self.engine.stats() if due else None)
 
 
 def main(descriptor: int, make: Callable[[], tuple[Engine, EngineInfo]]) -> None:

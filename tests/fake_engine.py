@@ -70,7 +70,12 @@ class FakeEngine:
         return sum(not asked.ended for asked in self.asked)
 
     async def stream(
-        self, prompt: list[int], params: SamplingParams, salt: bytes = b"", timeout: float | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        timeout: float | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[Output, None]:
         asked = Asked(prompt, params, salt, timeout)
         self.asked.append(asked)

@@ -212,7 +212,7 @@ def test_metrics_show_the_engine_and_the_requests():
         "vllm:spec_decode_num_draft_tokens_total": 22,
         "vllm:spec_decode_num_accepted_tokens_total": 16,
         "vllm:time_to_first_token_seconds_count": 3,
-        "vllm:inter_token_latency_seconds_count": 3 + 3 + 1,
+        "vllm:inter_token_latency_seconds_count": 5 + 5 + 1,  # behind the first output of two
         "vllm:e2e_request_latency_seconds_count": 3,
         "vllm:request_generation_tokens_sum": 7 + 7 + 3,
         "vllm:request_prompt_tokens_sum": 3 * len(engine.asked[0].prompt),

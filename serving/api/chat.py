@@ -34,7 +34,7 @@ async def create_chat(call: Call) -> None:
     one_call = request.parallel_tool_calls is False
     replies = [ChatReply(service, prompt, index, params.stop, bool(tools), one_call, asked) for index in range(samples)]
     answer = _Answer(service, request, prompt, replies)
-    async with Generation(service, call.tenant, jobs) as generation:
+    async with Generation(service, call.tenant, jobs, whole=not request.stream) as generation:
         await generation.first()
         if request.stream:
             await call.stream(answer.frames(generation))

@@ -42,7 +42,7 @@ async def create_completion(call: Call) -> None:
             replies.append(TextReply(service, prompt, len(jobs), params.stop, echo, request.logprobs))
             jobs.append(Job(prompt, with_seed(params, number)))
     answer = _Answer(service, request, prompts, replies)
-    async with Generation(service, call.tenant, jobs) as generation:
+    async with Generation(service, call.tenant, jobs, whole=not request.stream) as generation:
         await generation.first()
         if request.stream:
             await call.stream(answer.frames(generation))

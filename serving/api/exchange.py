@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from .auth import Tenant
 from .errors import ApiError, ClientGone, ServerFault, TooSlow
 from .limits import read_body
+from .patience import Patience
 from .service import Service
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Json(Response):
 
 @dataclass
 class Call:
-    """A request that is being answered. body: all of it."""
+    """A request that is being answered. body: all of it. patience: with a client that makes no room."""
 
     service: Service
     tenant: Tenant
@@ -57,6 +58,7 @@ class Call:
     scope: Scope
     receive: Receive
     send: Send
+    patience: Patience
 
     async def answer(self, value: Any) -> None:
         await Json(value)(self.scope, self.receive, self._send)
@@ -83,7 +85,7 @@ class Call:
 
     async def _send(self, message: Any) -> None:
         try:
-            async with asyncio.timeout(self.service.settings.slow_reader):
+            with self.patience:
                 await self.send(message)
         except (TimeoutError, OSError):
             raise ClientGone from None
@@ -102,8 +104,12 @@ class Post:
                 body = await read_body(Headers(scope=scope), receive, settings.max_body)
         except TimeoutError:
             raise TooSlow("the body did not come in", headers={"Connection": "close"}) from None
-        call = Call(self._service, scope["state"]["tenant"], body, scope, receive, send)
-        await while_connected(receive, self._answer(call))
+        patience = Patience(settings.slow_reader)
+        try:
+            call = Call(self._service, scope["state"]["tenant"], body, scope, receive, send, patience)
+            await while_connected(receive, self._answer(call))
+        finally:
+            patience.close()
 
 
 async def while_connected(receive: Receive, work: Awaitable[None]) -> None:

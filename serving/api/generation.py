@@ -14,6 +14,7 @@ from .auth import Tenant
 from .errors import ApiError, BadRequest, DeadlinePassed, ServerFault, Unavailable
 from .limits import Ticket
 from .metrics import Timing
+from .patience import Patience
 from .responses import FinishReason
 from .service import Service
 
@@ -34,13 +35,15 @@ class Job:
 class Generation:
     """Runs jobs while the `async with` block lasts; leaving it early aborts what still runs.
 
+    whole: nobody reads the texts as they grow.
     Entering raises Unavailable or TooManyRequests before anything is queued.
     """
 
-    def __init__(self, service: Service, tenant: Tenant, jobs: Sequence[Job]) -> None:
-        self._service, self._tenant, self._jobs = service, tenant, jobs
+    def __init__(self, service: Service, tenant: Tenant, jobs: Sequence[Job], whole: bool) -> None:
+        self._service, self._tenant, self._jobs, self._whole = service, tenant, jobs, whole
         self._arrived: asyncio.Queue[tuple[int, Output] | ApiError] = asyncio.Queue(service.settings.buffered)
         self._next: tuple[int, Output] | None = None
+        self._patience = Patience(service.settings.keep_alive)
         self._left = len(jobs)
         self._tickets: list[Ticket] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -58,6 +61,7 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._service.generations.discard(self)
+        self._patience.close()
         for pump in self._pumps:
             pump.cancel()
         try:
@@ -82,7 +86,7 @@ class Generation:
         if not self._left:
             raise StopAsyncIteration
         try:
-            async with asyncio.timeout(self._service.settings.keep_alive):
+            with self._patience:
                 arrived = await self._arrived.get()
         except TimeoutError:
             return None
@@ -105,7 +109,8 @@ class Generation:
         timing = Timing(service.metrics, len(job.prompt), time.monotonic())
         reason = "abort"
         try:
-            stream = service.client.stream(job.prompt, job.params, self._tenant.salt, service.settings.timeout)
+            timeout = service.settings.timeout
+            stream = service.client.stream(job.prompt, job.params, self._tenant.salt, timeout, self._whole)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     ticket.start()

@@ -57,7 +57,7 @@ COUNTERS = {
 }
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("From the request to its first token.", FIRST_TOKEN),
-    "vllm:inter_token_latency_seconds": ("Between two outputs of a request.", BETWEEN),
+    "vllm:inter_token_latency_seconds": ("Between two tokens; those of one output share its time.", BETWEEN),
     "vllm:request_time_per_output_token_seconds": ("Mean time of a token after the first.", BETWEEN),
     "vllm:e2e_request_latency_seconds": ("From the request to its last token.", WHOLE),
     "vllm:request_queue_time_seconds": ("From the request to its first step in the engine.", WHOLE),
@@ -140,7 +140,8 @@ class Timing:
             metrics.observe("vllm:request_queue_time_seconds", output.queued)
             metrics.observe("vllm:request_prefill_time_seconds", max(0.0, now - self._begin - output.queued))
         elif output.tokens:
-            metrics.observe("vllm:inter_token_latency_seconds", now - self._last)
+            for _ in output.tokens:
+                metrics.observe("vllm:inter_token_latency_seconds", (now - self._last) / len(output.tokens))
         self._last = now
         self.tokens += len(output.tokens)
         if output.finish is not None:
