@@ -7,9 +7,11 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .engine_args import add_engine, add_format, chat_format, engine_options, names, need_libraries
 from .errors import UserError
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from .cli import Parser, Verbs
     from .engine_process import EngineOptions
     from .talk import Source
+
+T = TypeVar("T")
 
 
 def add_serve(verbs: "Verbs") -> None:
@@ -63,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from .talk import open_source
 
     need_libraries("dsv3 serve")
+    # Texts are encoded one by one: for those, the library's pool of threads is only a detour.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     source = open_source(args.model, args.revision)
     options = engine_options(args, source, args.step_ms)
@@ -113,15 +119,20 @@ async def _serve(args: argparse.Namespace, source: "Source", options: "EngineOpt
     from .serving.api.server import Server, listen
     from .serving.client import SocketClient
 
-    settings = _settings(args, source)
+    settings, logger = _settings(args, source), logging.getLogger(__name__)
     listener = listen(args.host, args.port)  # a port that is taken is told before a model is loaded
+    early = EarlyEnd()
     link, process = start(options)
     client = SocketClient(link, process)
     try:
-        info = await client.start()
-        server = Server(create_app(client, source.tokenizer, settings), args.drain)
+        info = await early.unless(client.start())
+        if info is not None:
+            server = Server(create_app(client, source.tokenizer, settings), args.drain)
+        if early.over() or info is None:
+            logger.info("ended before the model was loaded")
+            return 0
         name, port = listener.getsockname()[:2]
-        logging.getLogger(__name__).info(
+        logger.info(
             "%s on %s: context of %d tokens, a cache of %d", info.model, info.backend, info.context, info.capacity
         )
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{port}/v1", flush=True)
@@ -130,3 +141,35 @@ async def _serve(args: argparse.Namespace, source: "Source", options: "EngineOpt
         listener.close()
         await client.close()
     return 1 if server.engine_died else 0
+
+
+class EarlyEnd:
+    """SIGTERM while there is no server yet that would take it: what is waited for is given up, and all is closed."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[Any] | None = None
+        self._came = False
+        signal.signal(signal.SIGTERM, self._take)
+
+    def _take(self, *_: object) -> None:
+        self._came = True
+        self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def unless(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What `work` gives; None if the signal comes first."""
+        self._waiting = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([self._waiting])
+        finally:
+            self._give_up()
+        return None if self._waiting.cancelled() else self._waiting.result()
+
+    def over(self) -> bool:
+        """From here on others take the signal. Has it come?"""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self._came

@@ -5,8 +5,6 @@ The numbers are those of the list of cases that a server must stand; the HTTP si
 """
 
 import json
-import os
-import signal
 import socket
 import threading
 import time
@@ -368,41 +366,3 @@ def test_case_25_only_safetensors_are_read_and_no_code_is_run(model: Path, tmp_p
     out, err = capsys.readouterr()
     assert out == "" and "safetensors" in err.splitlines()[-1]
     assert not (tmp_path / "ran").exists()
-
-
-# Ends ----------------------------------------------------------------------------------------------------------------
-
-
-def test_case_19_on_sigterm_streams_finish_and_nothing_new_is_taken(model: Path):
-    with serve(model, "--cache-gib", "0.01", "--drain", "120") as served:
-        engine = served.engine_pid()
-        with served.streaming(max_tokens=300) as running:
-            chunks = [next(running)]
-            served.process.send_signal(signal.SIGTERM)
-            until(lambda: served.client.get("/ready").json() == {"status": "draining"})
-            assert refusal(served.post(TEXT, {"prompt": "a"}), 503)["code"] == "draining"
-            assert served.client.get("/health").status_code == 200
-            chunks += running
-        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-        assert served.ended() == 0
-        assert not Path(f"/proc/{engine}").exists()
-
-
-def test_case_21_when_the_engine_is_killed_the_server_says_so_and_ends(model: Path):
-    with serve(model, "--cache-gib", "0.01") as served:
-        with served.streaming() as running:
-            next(running)
-            os.kill(served.engine_pid(), signal.SIGKILL)
-            *_, last = running
-        assert last["error"]["code"] == "engine_dead"
-        assert served.ended() == 1
-        assert "the engine is gone" in served.log.read_text()
-
-
-def test_case_21_when_the_server_is_killed_the_engine_ends(model: Path):
-    with serve(model, "--cache-gib", "0.01") as served:
-        engine = served.engine_pid()
-        served.process.kill()
-        until(
-            lambda: not Path(f"/proc/{engine}").exists() or Path(f"/proc/{engine}/stat").read_text().split()[2] == "Z"
-        )
