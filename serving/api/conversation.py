@@ -78,9 +78,9 @@ async def chat_prompt(
 
     try:
         if sum(len(turn["content"]) + TURN for turn in turns) <= service.settings.long_text:
-            ids = service.tokenizer.encode_segments(segments())
+            ids = service.encode_now(segments())
         else:
-            ids = await service.aside(lambda: service.encode_long(segments()))
+            ids = await service.aside(lambda: service.encode_now(segments()))
     except UserError as error:
         raise BadRequest(str(error), "messages", "invalid_value") from None
     return ChatPrompt(ids, opens_reasoning(service.tokenizer, ids))

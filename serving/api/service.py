@@ -57,20 +57,21 @@ class Service:
         """Ids of prompts; long ones are encoded on another thread, where they do not hold up everybody else."""
         size = sum(len(segment) for prompt in prompts for segment in prompt if isinstance(segment, str))
         if size <= self.settings.long_text:
-            return [self.tokenizer.encode_segments(prompt) for prompt in prompts]
-        return await self.aside(lambda: [self.encode_long(prompt) for prompt in prompts])
+            return [self.encode_now(prompt) for prompt in prompts]
+        return await self.aside(lambda: [self.encode_now(prompt) for prompt in prompts])
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """Run `work` on another thread; two at a time, as each takes all cores that it can get."""
+        """Run `work` on another thread; two at a time, as each takes a core."""
         async with self._long_texts:
             return await asyncio.to_thread(work)
 
-    def encode_long(self, prompt: Sequence[Segment]) -> list[int]:
-        """As Tokenizer.encode_segments, but in batches of one: only then does the tokenizer let other threads run."""
+    def encode_now(self, prompt: Sequence[Segment]) -> list[int]:
+        """As Tokenizer.encode_segments, but in batches of one: then the tokenizer counts no offsets, which are of no
+        use here, and lets other threads run."""
         ids: list[int] = []
         for segment in prompt:
             if isinstance(segment, Special):
                 ids.append(self.tokenizer.special_id(segment.name))
-            else:
+            elif segment:
                 ids += self.tokenizer.encode_batch([segment])[0]
         return ids
