@@ -17,10 +17,10 @@ void normalized(const float* x, const float* w, float* out, long width, double e
 
 }  // namespace
 
-void rms_norm(Address x_, long x_row, Address w_, Address out_, long rows, long width, double eps) {
+void rms_norm(Address x_, long x_row, Address w_, Address out_, long out_row, long rows, long width, double eps) {
     const float *x = floats(x_), *w = floats(w_);
     float* out = floats(out_);
-    for (long row = 0; row < rows; ++row) normalized(x + row * x_row, w, out + row * width, width, eps);
+    for (long row = 0; row < rows; ++row) normalized(x + row * x_row, w, out + row * out_row, width, eps);
 }
 
 void add_rms_norm(Address x_, Address residual_, Address w_, Address out_, Address total_, long rows, long width,

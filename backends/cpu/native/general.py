@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ....ops.general import add_rms_norm, rms_norm, rope, swiglu
+from ....ops.mtp import mtp_input
 from . import SMALL, are_small, built, extension, is_real
 
 
@@ -22,7 +23,24 @@ def _norm_applies(x: Tensor, w: Tensor, eps: float) -> bool:
 @rms_norm.kernel("cpu", "native", priority=20, available=built, supports=_norm_applies)
 def _rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape)
-    extension.rms_norm(x.data_ptr(), x.stride(0), w.data_ptr(), out.data_ptr(), *x.shape, eps)
+    extension.rms_norm(x.data_ptr(), x.stride(0), w.data_ptr(), out.data_ptr(), x.shape[1], *x.shape, eps)
+    return out
+
+
+def _mtp_applies(hidden: Tensor, embedding: Tensor, hnorm_w: Tensor, enorm_w: Tensor, eps: float) -> bool:
+    return (
+        hidden.shape == embedding.shape
+        and _norm_applies(hidden, hnorm_w, eps)
+        and _norm_applies(embedding, enorm_w, eps)
+    )
+
+
+@mtp_input.kernel("cpu", "native", priority=20, available=built, supports=_mtp_applies)
+def _mtp_input(hidden: Tensor, embedding: Tensor, hnorm_w: Tensor, enorm_w: Tensor, eps: float) -> Tensor:
+    rows, width = hidden.shape
+    out = torch.empty(rows, 2 * width)
+    for x, w, part in ((embedding, enorm_w, out), (hidden, hnorm_w, out[:, width:])):
+        extension.rms_norm(x.data_ptr(), x.stride(0), w.data_ptr(), part.data_ptr(), 2 * width, rows, width, eps)
     return out
 
 

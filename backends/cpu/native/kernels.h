@@ -13,7 +13,7 @@ inline float* floats(Address address) { return reinterpret_cast<float*>(address)
 inline std::int32_t* ints(Address address) { return reinterpret_cast<std::int32_t*>(address); }
 inline std::int64_t* longs(Address address) { return reinterpret_cast<std::int64_t*>(address); }
 
-void rms_norm(Address x, long x_row, Address w, Address out, long rows, long width, double eps);
+void rms_norm(Address x, long x_row, Address w, Address out, long out_row, long rows, long width, double eps);
 void add_rms_norm(Address x, Address residual, Address w, Address out, Address total, long rows, long width, double eps);
 void rope(Address x, long x_token, long x_head, Address positions, Address table, long table_rows, Address out,
           long tokens, long heads, long width);
@@ -42,8 +42,12 @@ void mla_decode(Address q, Address cache, Address table, Address lens, Address o
                 long queries, long heads, long width, long rank, long page, long num_pages, long table_width,
                 long table_row, double scale);
 
-// False, and nothing is written, where a row has filters: those take more than a pass.
+// per_request rows of each request, at positions that count up. False, and nothing is written, where a request has
+// filters: those take more than a pass.
 bool sample(Address logits, long logits_row, Address temperature, Address top_k, Address top_p, Address min_p,
-            Address seed, Address position, Address token, Address logprob, long rows, long vocabulary);
+            Address seed, Address position, Address token, Address logprob, long requests, long per_request,
+            long vocabulary);
+// What `spec_verify` leaves of the samples at a draft's positions, in place.
+void accept(Address draft, Address token, Address logprob, Address accepted, long requests, long drafts);
 
 }  // namespace dsv3

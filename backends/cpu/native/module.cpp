@@ -23,6 +23,7 @@ PYBIND11_MODULE(MODULE, module) {
     module.def("mla_decode", &dsv3::Recorded<&dsv3::mla_decode>::call);
 
     module.def("sample", &dsv3::sample);
+    module.def("accept", &dsv3::accept);
     pybind11::class_<dsv3::Program>(module, "Program")
         .def(pybind11::init<>())
         .def("begin", [](dsv3::Program& program) { dsv3::recording = &program; })

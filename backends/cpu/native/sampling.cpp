@@ -96,24 +96,40 @@ long drawn(const float* logits, long count, float largest, float temperature, st
 }  // namespace
 
 bool sample(Address logits_, long logits_row, Address temperature_, Address top_k_, Address top_p_, Address min_p_,
-            Address seed_, Address position_, Address token_, Address logprob_, long rows, long vocabulary) {
+            Address seed_, Address position_, Address token_, Address logprob_, long requests, long per_request,
+            long vocabulary) {
     const float *temperature = floats(temperature_), *top_p = floats(top_p_), *min_p = floats(min_p_);
     const auto *top_k = ints(top_k_);
     const auto *seed = longs(seed_), *position = longs(position_);
-    for (long row = 0; row < rows; ++row)
-        if (temperature[row] > 0 && (top_k[row] > 0 || top_p[row] < 1 || min_p[row] > 0)) return false;
-    for (long row = 0; row < rows; ++row) {
+    for (long i = 0; i < requests; ++i)
+        if (temperature[i] > 0 && (top_k[i] > 0 || top_p[i] < 1 || min_p[i] > 0)) return false;
+    for (long row = 0; row < requests * per_request; ++row) {
         const float* logits = floats(logits_) + row * logits_row;
-        const long best = likeliest(logits, vocabulary);
+        const long i = row / per_request, best = likeliest(logits, vocabulary);
         const float largest = logits[best];
         long token = best;
-        if (temperature[row] > 0)
-            token = drawn(logits, vocabulary, largest, temperature[row], seed[row], position[row]);
+        if (temperature[i] > 0)
+            token = drawn(logits, vocabulary, largest, temperature[i], seed[i], position[i] + row % per_request);
         longs(token_)[row] = token;
         floats(logprob_)[row] =
             static_cast<float>(static_cast<double>(logits[token] - largest) - behind(logits, vocabulary, best));
     }
     return true;
+}
+
+void accept(Address draft_, Address token_, Address logprob_, Address accepted_, long requests, long drafts) {
+    const auto* draft = longs(draft_);
+    auto* token = longs(token_);
+    float* logprob = floats(logprob_);
+    for (long i = 0; i < requests; ++i, draft += drafts, token += drafts + 1, logprob += drafts + 1) {
+        long right = 0;
+        while (right < drafts && draft[right] == token[right]) ++right;
+        ints(accepted_)[i] = static_cast<std::int32_t>(right);
+        for (long j = right + 1; j <= drafts; ++j) {
+            token[j] = -1;
+            logprob[j] = 0.0f;
+        }
+    }
 }
 
 }  // namespace dsv3
