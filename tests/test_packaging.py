@@ -25,7 +25,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def shipped_files() -> set[str]:
-    """Every file of every package of the source tree, by its name in the wheel; of C++ that is compiled, the modules."""
+    """Every file of every package of the source tree, by its name in the wheel; of C++, what is built."""
 
     def walk(folder: Path) -> set[Path]:
         files = {file for file in folder.iterdir() if file.is_file()}

@@ -6,63 +6,108 @@
 #include <vector>
 
 #include "kernels.h"
-#include "lanes.h"
+#include "tile.h"
 
 namespace dsv3 {
 
 namespace {
 
-constexpr long VALUES = 4;  // vectors of a result that stay in registers while all tokens go by
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// The rows of a sequence, page by page: visit(row of its first token, first token, tokens).
-template <class Visit>
-void pages(const float* cache, const std::int32_t* table, long page, long width, long tokens, Visit visit) {
-    for (long start = 0; start < tokens; start += page)
-        visit(cache + table[start / page] * page * width, start, tokens - start < page ? tokens - start : page);
-}
+// A sequence's latents: rows of `width`, `page` of them at a place.
+struct Latents {
+    const float* cache;
+    const std::int32_t* table;
+    long page, width;
 
-// scores[t] = q . row t * scale, of which the largest is returned.
-float scored(const float* q, const float* row, long width, long tokens, float scale, float* scores, float largest) {
-    for (long t = 0; t < tokens; ++t, row += width) {
-        scores[t] = dot(q, row, width) * scale;
-        largest = scores[t] > largest ? scores[t] : largest;
+    // visit(row of a page's first token, that token, tokens), page by page.
+    template <class Visit>
+    void each_page(long tokens, Visit visit) const {
+        for (long start = 0; start < tokens; start += page)
+            visit(cache + table[start / page] * page * width, start, tokens - start < page ? tokens - start : page);
     }
-    return largest;
+};
+
+// scores[i][t] = q[i] . latent t, for all tokens.
+template <long ROWS>
+void score(const Latents& latents, const float* q, long tokens, float* scores, long stride) {
+    const long width = latents.width;
+    latents.each_page(tokens, [&](const float* row, long start, long count) {
+        long t = 0;
+        for (; t + COLUMNS <= count; t += COLUMNS)
+            tile<ROWS, COLUMNS>(q, width, row + t * width, width, scores + start + t, stride, width);
+        for (; t < count; ++t) tile<ROWS, 1>(q, width, row + t * width, width, scores + start + t, stride, width);
+    });
 }
 
-// scores -> e^(scores - largest), of which the sum is returned.
-float weighed(float* scores, long tokens, float largest) {
-    Floats total = {};
-    each(tokens, [&](long t, long n) {
+// Scores of the first `seen` tokens -> e^(score * scale - their largest), of the others -> 0. Sets what the weights must
+// be multiplied by to sum up to 1, and returns the log-sum-exp.
+float weigh(float* scores, long seen, long tokens, float scale, float* factor) {
+    *factor = 0.0f;
+    if (seen < tokens) std::memset(scores + (seen > 0 ? seen : 0), 0, (tokens - (seen > 0 ? seen : 0)) * sizeof(float));
+    if (seen <= 0) return NOTHING;
+    Floats most = all(NOTHING), total = {};
+    each(seen, [&](long t, long n) {
+        Floats some = load_some(scores + t, n) * scale;
+        store_some(scores + t, some, n);
+        for (long i = n; i < LANES; ++i) some[i] = NOTHING;
+        most = some > most ? some : most;
+    });
+    float largest = most[0];
+    for (long i = 1; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+    each(seen, [&](long t, long n) {
         store_some(scores + t, exp(load_some(scores + t, n) - largest), n);
         total += load_some(scores + t, n);
     });
-    return sum(total);
+    *factor = 1.0f / sum(total);
+    return largest + std::log(sum(total));
 }
 
-// Columns of the sum of rows, each times its weight: COUNT vectors of them, the last one of `last` numbers.
-template <long COUNT>
-void mixed(const float* cache, const std::int32_t* table, long page, long width, long tokens, const float* weights,
-           float factor, float* out, long last) {
-    Floats sums[COUNT] = {};
-    pages(cache, table, page, width, tokens, [&](const float* row, long start, long count) {
-        for (long t = 0; t < count; ++t, row += width) {
-            const float weight = weights[start + t];
-            for (long i = 0; i < COUNT - 1; ++i) sums[i] += load(row + i * LANES) * weight;
-            sums[COUNT - 1] += load_some(row + (COUNT - 1) * LANES, last) * weight;
-        }
+// COUNT vectors of columns of each result, the last one of `last` numbers: the sum of latents times their weights.
+template <long ROWS, long COUNT>
+void mix(const Latents& latents, long column, long last, long tokens, const float* weights, long stride,
+         const float* factors, float* out, long rank) {
+    Floats sums[ROWS][COUNT] = {};
+    latents.each_page(tokens, [&](const float* row, long start, long count) {
+        row += column;
+        for (long t = start; t < start + count; ++t, row += latents.width)
+            for (long j = 0; j < COUNT; ++j) {
+                const Floats latent = j < COUNT - 1 ? load(row + j * LANES) : load_some(row + j * LANES, last);
+                for (long i = 0; i < ROWS; ++i) sums[i][j] += latent * weights[i * stride + t];
+            }
     });
-    for (long i = 0; i < COUNT; ++i) store_some(out + i * LANES, sums[i] * factor, i < COUNT - 1 ? LANES : last);
+    for (long i = 0; i < ROWS; ++i)
+        for (long j = 0; j < COUNT; ++j)
+            store_some(out + i * rank + column + j * LANES, sums[i][j] * factors[i], j < COUNT - 1 ? LANES : last);
 }
 
-void attended(const float* cache, const std::int32_t* table, long page, long width, long tokens, const float* weights,
-              float factor, float* out, long rank) {
-    long column = 0;
-    for (; column + VALUES * LANES <= rank; column += VALUES * LANES)
-        mixed<VALUES>(cache + column, table, page, width, tokens, weights, factor, out + column, LANES);
-    for (; column < rank; column += LANES)
-        mixed<1>(cache + column, table, page, width, tokens, weights, factor, out + column,
-                 rank - column < LANES ? rank - column : LANES);
+template <long ROWS>
+void mix_all(const Latents& latents, long tokens, const float* weights, long stride, const float* factors, float* out,
+             long rank) {
+    constexpr long MOST = 4;  // vectors of a result that stay in registers while all tokens go by
+    for (long column = 0; column < rank;) {
+        const long left = rank - column, vectors = (left + LANES - 1) / LANES;
+        const long count = vectors < MOST ? vectors : MOST;
+        const long last = left < count * LANES ? left - (count - 1) * LANES : LANES;
+        const auto run = count == 1   ? mix<ROWS, 1>
+                         : count == 2 ? mix<ROWS, 2>
+                         : count == 3 ? mix<ROWS, 3>
+                                      : mix<ROWS, MOST>;
+        run(latents, column, last, tokens, weights, stride, factors, out, rank);
+        column += count * LANES;
+    }
+}
+
+// ROWS queries of a sequence, of which the i-th sees the first seen[i] tokens, and the last one sees most.
+template <long ROWS>
+void attend(const Latents& latents, const float* q, const long* seen, float scale, long rank,
+            std::vector<float>& scores, float* out, float* lse) {
+    const long tokens = seen[ROWS - 1] > 0 ? seen[ROWS - 1] : 0;
+    scores.resize(ROWS * tokens);
+    float factors[ROWS];
+    score<ROWS>(latents, q, tokens, scores.data(), tokens);
+    for (long i = 0; i < ROWS; ++i) lse[i] = weigh(scores.data() + i * tokens, seen[i], tokens, scale, factors + i);
+    mix_all<ROWS>(latents, tokens, scores.data(), tokens, factors, out, rank);
 }
 
 }  // namespace
@@ -85,8 +130,8 @@ void mla_cache_write(Address cache_, Address slots_, Address latent_, long slots
 
 void mla_decode(Address q_, Address cache_, Address table_, Address lens_, Address out_, Address lse_, long batch,
                 long queries, long heads, long width, long rank, long page, long num_pages, long table_width,
-                long table_row, double scale) {
-    const float *q = floats(q_), *cache = floats(cache_);
+                long table_row, double scale_) {
+    const float *q = floats(q_), *cache = floats(cache_), scale = static_cast<float>(scale_);
     const auto *table = ints(table_), *lens = ints(lens_);
     float *out = floats(out_), *lse = floats(lse_);
     std::vector<float> scores;
@@ -95,23 +140,15 @@ void mla_decode(Address q_, Address cache_, Address table_, Address lens_, Addre
         if (lens[b] < 0 || used > table_width) throw std::out_of_range("a sequence is longer than its table");
         for (long i = 0; i < used; ++i)
             if (table[i] < 0 || table[i] >= num_pages) throw std::out_of_range("there is no such page");
-        scores.resize(lens[b]);
-        for (long s = 0; s < queries; ++s) {
-            const long seen = lens[b] - queries + s + 1;
-            for (long h = 0; h < heads; ++h, q += width, out += rank, ++lse) {
-                if (seen <= 0) {
-                    std::memset(out, 0, rank * sizeof(float));
-                    *lse = -std::numeric_limits<float>::infinity();
-                    continue;
-                }
-                float largest = -std::numeric_limits<float>::infinity();
-                pages(cache, table, page, width, seen, [&](const float* row, long start, long count) {
-                    largest = scored(q, row, width, count, static_cast<float>(scale), scores.data() + start, largest);
-                });
-                const float total = weighed(scores.data(), seen, largest);
-                *lse = largest + std::log(total);
-                attended(cache, table, page, width, seen, scores.data(), 1.0f / total, out, rank);
-            }
+        const Latents latents{cache, table, page, width};
+        const long rows = queries * heads;
+        for (long row = 0; row < rows;) {
+            long seen[4];
+            for (long i = 0; i < 4; ++i) seen[i] = lens[b] - queries + (row + i) / heads + 1;
+            const long block = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+            const auto run = block == 4 ? attend<4> : block == 2 ? attend<2> : attend<1>;
+            run(latents, q, seen, scale, rank, scores, out, lse);
+            row += block, q += block * width, out += block * rank, lse += block;
         }
     }
 }
