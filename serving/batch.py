@@ -50,35 +50,32 @@ def build(
 
     per_token: every new token poses as a sequence of its own, so that its numbers cannot depend on the others'.
     """
-    decoding = True
+    alike = True
     for work in works:
         request = work.request
         if len(request.blocks) != request.synced:
             rows.update(request)
         if work.count != 1 or not work.sample:
-            decoding = False
-    if decoding:
-        return _decoding(works, copies, rows, config.vocab_size), works
-    return _mixed(works, copies, rows, config, per_token)
+            alike = False
+    if alike:
+        return decoding(works, copies, rows, config.vocab_size), works
+    return mixed(works, copies, rows, config, per_token)
 
 
-def _decoding(works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, vocab_size: int) -> StepInput:
+def decoding(works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, vocab_size: int) -> StepInput:
     """Of works of one token each, all of which sample: one group, and nobody's prompt to report on."""
     requests, page = [work.request for work in works], rows.page
     standing, always = rows.standing(requests), _same_always(len(works))
-    starts = [work.start for work in works]
-    pairs = list(zip(requests, starts, strict=True))
-    newest = [request.tokens[start] for request, start in pairs]
-    places = [request.blocks[start // page] * page + start % page for request, start in pairs]
-    ends = [start + 1 for start in starts]
-    columns = np.array([newest, starts, places, ends], np.int64)  # a dozen calls of numpy take longer than these loops
-    tokens, positions, slots, next_positions = tensor(columns).unbind()
-    lens = tensor(columns[3].astype(np.int32))
+    # Loops, because a dozen calls of numpy take longer.
+    newest = [work.request.tokens[work.start] for work in works]
+    slots = [work.request.blocks[work.start // page] * page + work.start % page for work in works]
+    ends = [work.start + 1 for work in works]
+    lens, next_positions = tensor(np.array(ends, np.int32)), tensor(np.array(ends, np.int64))
     group = Group(1, len(works), 1, sum(ends), max(ends), standing.table, lens, always.bounds)
     return StepInput(
-        tokens=tokens,
-        positions=positions,
-        slots=slots,
+        tokens=tensor(np.array(newest, np.int64)),
+        positions=tensor(np.array([work.start for work in works], np.int64)),
+        slots=tensor(np.array(slots, np.int64)),
         rows=standing.own,
         following=always.following,
         bounds=always.bounds,
@@ -126,7 +123,7 @@ def _copies(copies: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(copies).T.contiguous() if copies else NO_COPIES
 
 
-def _mixed(
+def mixed(
     works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, config: ModelConfig, per_token: bool
 ) -> tuple[StepInput, list[Work]]:
     """Of any works: see build."""
