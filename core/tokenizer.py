@@ -23,6 +23,7 @@ from .special_tokens import Segment, Special
 from .tiktoken_vocab import byte_alphabet, to_tokenizer_json
 
 _CJK = r"[一-龥぀-ゟ゠-ヿ]+"
+_DIGITS, _SINGLE_DIGITS = r"\p{N}{1,3}", r"\p{N}"
 _WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
@@ -37,9 +38,22 @@ _WORDS = (
 def pre_tokenizer(single_digits: bool = False) -> pre_tokenizers.PreTokenizer:
     """The V3 pre-tokenizer. `single_digits` cuts numbers into digits instead of groups of up to three: a small
     vocabulary has no room for 1,000 numbers, and arithmetic is easier to learn on digits."""
-    digits = r"\p{N}" if single_digits else r"\p{N}{1,3}"
+    digits = _SINGLE_DIGITS if single_digits else _DIGITS
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (digits, _CJK, _WORDS)]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _cuts_words(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json changes no text and cuts it as `pre_tokenizer` does."""
+    if (tree.get("normalizer") or {}).get("normalizers") or not all(map(is_control, tree["added_tokens"])):
+        return False
+    steps = (tree.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    for single_digits in (True, False):
+        ours = json.loads(pre_tokenizer(single_digits).__getstate__())["pretokenizers"]
+        ours[-1]["trim_offsets"] = steps[-1].get("trim_offsets")  # where tokens stand in the text is not asked
+        if steps == ours:
+            return True
+    return False
 
 
 def is_control(token: dict[str, Any]) -> bool:
@@ -68,6 +82,8 @@ class Tokenizer:
     """Text to ids and back. Make one with `load` or `train`.
 
     specials: id of every control token by its text. vocab_size: highest id + 1 (a model may pad its embedding beyond).
+    words_apart: a text may be cut behind any ASCII letter that a space and another ASCII letter follow, and encoded in
+        parts. True of V3's pre-tokenizer, none of whose matches goes on, or looks, beyond such a place.
     """
 
     def __init__(self, document: str, config: dict[str, Any]) -> None:
@@ -79,6 +95,7 @@ class Tokenizer:
             raise UserError("tokenizer.json holds no byte-level BPE, so it is not of the DeepSeek-V3 family")
         added = tree["added_tokens"]
         self.specials: dict[str, int] = {token["content"]: token["id"] for token in added if is_control(token)}
+        self.words_apart = _cuts_words(tree)
         self._skipped = frozenset(token["id"] for token in added if token["special"])
         for token in added:
             token["special"] = is_control(token)

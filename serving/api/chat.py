@@ -26,7 +26,7 @@ async def create_chat(call: Call) -> None:
     service.check_model(request.model)
     _check(request, service)
     tools = offered_tools(request, service.settings.format or "")
-    prompt = await chat_prompt(service, request, tools)
+    prompt = await chat_prompt(service, call.tenant, request, tools)
     params = _params(service, request, prompt, tools)
     samples = request.verify or request.n or 1
     jobs = [Job(prompt.ids, with_seed(params, number)) for number in range(samples)]

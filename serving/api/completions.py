@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from ...core.encoding import encode_fim
 from ...core.special_tokens import Segment
 from ...errors import UserError
+from .auth import Tenant
 from .counting import usage
 from .errors import BadRequest
 from .exchange import KEEP_ALIVE, Call, event
@@ -22,7 +23,7 @@ from .validation import decode
 async def create_completion(call: Call) -> None:
     service, request = call.service, decode(call.body, CompletionRequest)
     service.check_model(request.model)
-    prompts = await _prompts(service, request)
+    prompts = await _prompts(service, call.tenant, request)
     choices = request.n or 1
     if len(prompts) * choices > service.settings.max_prompts:
         text = f"one request may ask for {service.settings.max_prompts} texts; send several requests"
@@ -50,7 +51,7 @@ async def create_completion(call: Call) -> None:
             await call.answer(await answer.whole(generation))
 
 
-async def _prompts(service: Service, request: CompletionRequest) -> list[list[int]]:
+async def _prompts(service: Service, tenant: Tenant, request: CompletionRequest) -> list[list[int]]:
     """Token ids of every prompt. Raises BadRequest."""
     given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     texts = [prompt for prompt in given if isinstance(prompt, str)]
@@ -59,8 +60,8 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
             text = f"one request may have {service.settings.max_prompts} prompts; send several requests"
             raise BadRequest(text, "prompt", "invalid_value")
         if request.suffix:
-            return [await _gap(service, request, texts, request.suffix)]
-        return await text_ids(service, texts, request.add_special_tokens, request.parse_special)
+            return [await _gap(service, tenant, request, texts, request.suffix)]
+        return await text_ids(service, tenant, texts, request.add_special_tokens, request.parse_special)
     if request.suffix:
         raise BadRequest("suffix goes with one prompt, of text", "suffix", "invalid_value")
     numbers = [prompt for prompt in given if isinstance(prompt, int)]
@@ -75,23 +76,25 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
 
 
 async def text_ids(
-    service: Service, texts: list[str], add_special: bool | None, parse_special: bool | None
+    service: Service, tenant: Tenant, texts: list[str], add_special: bool | None, parse_special: bool | None
 ) -> list[list[int]]:
     """Ids of prompts of text, behind the begin token unless add_special is false."""
     tokenizer = service.tokenizer
     segments: list[list[Segment]] = [tokenizer.segments(text) if parse_special else [text] for text in texts]
     begin = [tokenizer.bos_id] if add_special is not False else []
-    prompts = [begin + ids for ids in await service.encode(*segments)]
+    prompts = [begin + ids for ids in await service.encode(tenant, *segments)]
     if not all(prompts):
         raise BadRequest("the prompt has no tokens", "prompt", "invalid_value")
     return prompts
 
 
-async def _gap(service: Service, request: CompletionRequest, texts: list[str], suffix: str) -> list[int]:
+async def _gap(
+    service: Service, tenant: Tenant, request: CompletionRequest, texts: list[str], suffix: str
+) -> list[int]:
     if len(texts) != 1 or request.echo:
         raise BadRequest("suffix goes with one prompt, of text, and not with echo", "suffix", "invalid_value")
     try:
-        (ids,) = await service.encode(encode_fim(texts[0], suffix))
+        (ids,) = await service.encode(tenant, encode_fim(texts[0], suffix))
     except UserError:
         raise BadRequest("this model cannot fill gaps", "suffix", "unsupported_parameter") from None
     return [service.tokenizer.bos_id, *ids]

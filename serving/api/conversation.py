@@ -11,6 +11,7 @@ from ...core.reply_splitter import MARKUP
 from ...core.reply_stream import opens_reasoning
 from ...core.special_tokens import Segment
 from ...errors import UserError
+from .auth import Tenant
 from .errors import BadRequest
 from .protocol import ChatMessage, ChatRequest, ChatTool, TokenizeRequest
 from .service import Service
@@ -54,7 +55,7 @@ def chosen_tools(request: ChatRequest, tools: Sequence[ChatTool]) -> list[ChatTo
 
 
 async def chat_prompt(
-    service: Service, request: ChatRequest | TokenizeRequest, tools: Sequence[ChatTool]
+    service: Service, tenant: Tenant, request: ChatRequest | TokenizeRequest, tools: Sequence[ChatTool]
 ) -> ChatPrompt:
     """Raises BadRequest, naming the message, for conversations that cannot be put to this model."""
     format = service.settings.format
@@ -78,9 +79,9 @@ async def chat_prompt(
 
     try:
         if sum(len(turn["content"]) + TURN for turn in turns) <= service.settings.long_text:
-            ids = service.encode_now(segments())
+            ids = service.encode_now(tenant, segments())
         else:
-            ids = await service.aside(lambda: service.encode_now(segments()))
+            ids = await service.aside(lambda: service.encode_now(tenant, segments()))
     except UserError as error:
         raise BadRequest(str(error), "messages", "invalid_value") from None
     return ChatPrompt(ids, opens_reasoning(service.tokenizer, ids))

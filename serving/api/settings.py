@@ -26,7 +26,8 @@ class Settings:
     slow_sender: seconds that a body may take to come in. slow_reader: seconds that a client may take to make room for
     what it is sent. keep_alive: seconds without news after which a stream says that it lives.
     buffered: outputs kept for a client that reads slowly.
-    long_text: characters from which tokens are counted on another thread. max_guide: bytes of a grammar or schema.
+    long_text: characters from which tokens are counted on another thread. known_text: characters of earlier prompts
+    whose tokens are remembered; 0 is none. max_guide: bytes of a grammar or schema.
     max_verify: samples that one request with `verify` may draw.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     slow_reader: float = 30.0
     buffered: int = 1024
     long_text: int = 16_384
+    known_text: int = 16 * 2**20
     max_guide: int = 128 * 1024
     max_verify: int = 32
 
@@ -72,6 +74,7 @@ class Settings:
             (len(self.secret) >= 16, "the secret must have 16 bytes or more"),
             (0 <= self.temperature <= 2, "temperature must be between 0 and 2"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (self.known_text >= 0, "known_text must not be negative"),
             (self.timeout is None or self.timeout > 0, "timeout must be above 0"),
             (self.max_per_key is None or self.max_per_key > 0, "max_per_key must be 1 or more"),
             *((getattr(self, name) > 0, f"{name} must be above 0") for name in positive),

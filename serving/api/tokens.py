@@ -15,9 +15,10 @@ async def tokenize(call: Call) -> None:
     if (request.prompt is None) == (request.messages is None):
         raise BadRequest("give either prompt or messages", "prompt", "invalid_value")
     if request.prompt is not None:
-        (ids,) = await text_ids(service, [request.prompt], request.add_special_tokens, request.parse_special)
+        prompts = [request.prompt]
+        (ids,) = await text_ids(service, call.tenant, prompts, request.add_special_tokens, request.parse_special)
     else:
-        ids = (await chat_prompt(service, request, request.tools or [])).ids
+        ids = (await chat_prompt(service, call.tenant, request, request.tools or [])).ids
     await call.answer(Tokenized(len(ids), service.window, ids))
 
 
