@@ -192,35 +192,35 @@ class Engine:
 
     def _take(self, work: Work, sampled: Sampled) -> Output | None:
         """One work's result into its request, and what to say about it."""
-        request = work.request
+        request, tokens = work.request, sampled.tokens
         before, draft = len(request.tokens) - request.unresolved, request.draft
-        self.scheduler.computed(work, sampled.tokens)
+        self.scheduler.computed(work, tokens)
         if not request.running:
             return None  # it ended while this was under way
-        if request.simple and work.sample and not draft and work.start >= request.prompt_length:
-            token = sampled.tokens[0]
-            if token not in request.ends and before + 1 < request.limit:  # most steps of most requests
+        if draft:
+            self.counted.drafts += 1
+            self.counted.draft_tokens += len(draft)
+            self.counted.accepted_tokens += len(tokens) - 1
+        if request.simple and work.sample and work.start >= request.prompt_length:
+            count = len(tokens)
+            if before + count < request.limit and request.ends.isdisjoint(tokens):  # most steps of most requests
                 if sampled.draft:
-                    request.draft = sampled.draft[: request.limit - before - 2]
-                self.counted.generation_tokens += 1
-                return Output(request.id, sampled.tokens, sampled.logprobs, sampled.top, seed=request.seed)
+                    request.draft = sampled.draft[: request.limit - before - count - 1]
+                self.counted.generation_tokens += count
+                return Output(request.id, tokens, sampled.logprobs, sampled.top, seed=request.seed)
         first = before == request.prompt_length
         self.counted.prompt_tokens += max(min(work.start + work.count, request.prompt_length) - work.start, 0)
         told = max(request.told - work.start, 0)  # computed before, and given up in a preemption
         prompt_logprobs, prompt_top = sampled.prompt_logprobs[told:], sampled.prompt_top[told:]
         request.told += len(prompt_logprobs)
-        if not sampled.tokens and not prompt_logprobs:
+        if not tokens and not prompt_logprobs:
             return None
-        if draft:
-            self.counted.drafts += 1
-            self.counted.draft_tokens += len(draft)
-            self.counted.accepted_tokens += len(sampled.tokens) - 1
         request.draft = sampled.draft[: max(request.limit - len(request.tokens) - 1, 0)]
-        count, finish, error = self._accept(request, sampled.tokens, before)
-        if count < len(sampled.tokens):
+        count, finish, error = self._accept(request, tokens, before)
+        if count < len(tokens):
             del request.tokens[before + count :]
         output = Output(
-            request.id, sampled.tokens[:count], sampled.logprobs[:count], sampled.top[:count], finish,
+            request.id, tokens[:count], sampled.logprobs[:count], sampled.top[:count], finish,
             request.stop_reason, error, (request.cached or 0) if first else 0, request.seed,
             prompt_logprobs, prompt_top, (request.queued or 0.0) if first else 0.0,
         )  # fmt: skip
