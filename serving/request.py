@@ -129,16 +129,20 @@ class Request:
         keys = self.keys
         while len(keys) < count:
             place = len(keys) * page
-            keys.append(chain(keys[-1] if keys else root_key(self.salt), self.tokens[place : place + page]))
+            keys.append(chain(self.key_before(len(keys)), self.tokens[place : place + page]))
         return keys[:count] if len(keys) > count else keys
+
+    def key_before(self, place: int) -> bytes:
+        """Of what stands before its block `place`; the keys of the blocks there have been asked for."""
+        return self.keys[place - 1] if place else root_key(self.salt)
 
     def prompt_tail(self, page: int) -> bytes:
         """A key of the whole prompt, for those who ask the same at the same time."""
         if not self.tail_key:
             full = self.prompt_length // page
-            keys = self.keys_up_to(full, page)
+            self.keys_up_to(full, page)
             rest = self.tokens[full * page : self.prompt_length]
-            self.tail_key = b"tail" + chain(keys[full - 1] if full else root_key(self.salt), rest)
+            self.tail_key = b"tail" + chain(self.key_before(full), rest)
         return self.tail_key
 
     def forget_blocks(self) -> None:

@@ -194,6 +194,7 @@ class Scheduler:
             request.shard, request.computed, request.named = shard, len(found) * self.page, len(found)
             self._hold(request, [*found, *pool.take(wanted)])
             self._fork(plan, request)
+            self._begin(plan, request)
             if request.reads_cache:
                 self.prefix_queries += len(request.tokens)
                 self.prefix_hits += request.computed
@@ -243,6 +244,17 @@ class Scheduler:
         place = (length - 1) // page
         plan.copies.append((request.shard, leader.blocks[place], request.blocks[place]))
         request.computed = length - 1
+
+    def _begin(self, plan: Plan, request: Request) -> None:
+        """Of the first block that is not known as a whole, what it has in common with one that is: by a copy."""
+        place, rest = divmod(request.computed, self.page)
+        if rest or not request.reads_cache:
+            return
+        pool, end = self.pools[request.shard], min(request.computed + self.page, len(request.tokens) - 1)
+        block, common = pool.begin(request.key_before(place), request.tokens[request.computed : end])
+        if common:
+            plan.copies.append((request.shard, block, request.blocks[place]))
+            request.computed += common
 
     def _claim(self, request: Request) -> None:
         """Say which blocks of its prompt, and which prompt, it is going to compute."""
@@ -299,7 +311,8 @@ class Scheduler:
         if request.named < full:
             pool, keys = self.pools[request.shard], request.keys_up_to(full, self.page)
             for place in range(request.named, full):
-                pool.name(request.blocks[place], keys[place])
+                tokens = request.tokens[place * self.page : (place + 1) * self.page]
+                pool.name(request.blocks[place], keys[place], request.key_before(place), tokens)
                 if self.computing.get(keys[place]) is request:
                     del self.computing[keys[place]]
             request.named = full
@@ -329,7 +342,12 @@ class Scheduler:
         self.leaving.clear()
 
     def _release(self, request: Request) -> None:
-        self.pools[request.shard].release(request.blocks)
+        pool, place = self.pools[request.shard], request.computed // self.page
+        if request.computed % self.page and place == request.named:
+            request.keys_up_to(place, self.page)
+            part = request.tokens[place * self.page : request.computed]
+            pool.name_part(request.blocks[place], request.key_before(place), part)
+        pool.release(request.blocks)
         self.rows.append(request.row)
         request.forget_blocks()
 

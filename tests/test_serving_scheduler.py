@@ -127,7 +127,7 @@ class Traffic(RuleBasedStateMachine):
             if not self.engine.under_way:
                 assert held == pool._holders
             assert pool.available == sum(not count for count in pool._holders)
-            assert len({*pool._blank, *pool._kept}) == pool.available
+            assert len({*pool._blank, *pool._parts, *pool._kept}) == pool.available
             assert all(pool._key[block] == key for key, block in pool._block_of.items())
 
     def teardown(self):
@@ -168,7 +168,7 @@ def test_the_last_token_of_a_prompt_is_computed_though_all_is_known():
     run(one)
     add(one, 2, list(range(8)))
     assert run(one)[2] == text(list(range(8)), 0, 5)
-    assert one.scheduler.prefix_hits == 4
+    assert one.scheduler.prefix_hits == 7
 
 
 def test_tenants_do_not_see_each_others_prefixes():
@@ -273,11 +273,41 @@ def test_a_key_stands_for_everything_up_to_it():
     assert one != chain(chain(root_key(b"salt"), [1, 2]), [3, 4])
 
 
+def test_a_text_that_leaves_a_known_one_within_a_block_begins_with_a_copy_of_what_they_share():
+    pool, parent = BlockPool(4, 16), root_key(b"")
+    blocks = pool.take(4)
+    texts = [list(range(16)), [*range(10), *range(90, 96)], [*range(12), 7, 7, 7, 7], [5] * 16]
+    for block, tokens in zip(blocks, texts, strict=True):
+        pool.name(block, chain(parent, tokens), parent, tokens)
+    assert pool.begin(parent, [*range(13), 1, 1]) == (blocks[0], 13)
+    assert pool.begin(parent, [*range(10), 90, 91, 1]) == (blocks[1], 12)
+    assert pool.begin(parent, [*range(5), 1, 1, 1, 1]) == (-1, 0)  # too little
+    assert pool.begin(parent, list(range(6))) == (-1, 0)
+    assert pool.begin(root_key(b"another tenant"), list(range(16))) == (-1, 0)
+    pool.release(blocks[:1])
+    pool.take(1)  # and what it held is gone
+    assert pool.begin(parent, [*range(13), 1, 1]) == (blocks[2], 12)
+    pool.forget()
+    assert pool.begin(parent, [5] * 16) == (-1, 0)
+
+
+def test_what_was_in_a_block_that_never_became_full_is_known_until_room_is_needed():
+    pool, parent = BlockPool(2, 16), root_key(b"")
+    full, part = pool.take(2)
+    pool.name(full, chain(parent, [1] * 16), parent, [1] * 16)
+    pool.name_part(part, parent, [*range(12)])
+    pool.release([full, part])
+    assert pool.begin(parent, [*range(9), 90]) == (part, 9) and pool.begin(parent, [*range(15)]) == (part, 12)
+    assert pool.find([chain(parent, [*range(12)])]) == []
+    assert pool.take(1) == [part]  # before one that is full
+    assert pool.begin(parent, [*range(12)]) == (-1, 0)
+
+
 def test_blocks_that_were_used_last_stay_longest():
     pool = BlockPool(3, PAGE)
     a, b, c = pool.take(3)
     for block, name in ((a, b"a"), (b, b"b"), (c, b"c")):
-        pool.name(block, name)
+        pool.name(block, name, root_key(b""), [0] * PAGE)
     pool.release([b])
     pool.release([a, c])
     assert pool.take(1) == [b]
