@@ -10,6 +10,7 @@ from parity import random_model
 from tiny_model import CONFIG
 
 import dsv3.backends.cpu  # noqa: F401  (its kernels are what runs)
+from dsv3.backends.cpu import native
 from dsv3.core.generate import Completion, SamplingParams, SimpleRollout
 from dsv3.core.presets import PRESETS
 from dsv3.errors import UserError
@@ -92,6 +93,7 @@ def test_a_cache_in_fp8_gives_what_it_gives_plain_generation():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not native.built(), reason="nothing is faster than the steps themselves without the C++ kernels")
 @pytest.mark.parametrize("speculative", [0, 2])
 def test_replayed_steps_give_the_same_texts(speculative):
     asked = [as_request((i, 5 + 30 * i, 12, i, 0.8)) for i in range(5)]
