@@ -120,8 +120,8 @@ class BlockPool:
             self._place[block] = None
 
     def name(self, block: int, key: bytes, parent: bytes, tokens: Sequence[int]) -> None:
-        """Say that a held block is computed and full of `tokens`, behind what `parent` stands for. Where another block has
-        this content, that one stays known."""
+        """Say that a held block is computed and full of `tokens`, behind what `parent` stands for. Where another block
+        has this content, that one stays known."""
         if self.caching and self._key[block] is None and key not in self._block_of:
             self._key[block] = key
             self._block_of[key] = block

@@ -102,7 +102,8 @@ def _errors(codes: tuple[str, ...]) -> dict[str, Any]:
 def _post(name: str, summary: str, request: type, response: type, streams: bool) -> dict[str, Any]:
     content = _json(response)
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}  # of each of them, as those who check streams read it
     return {
         "operationId": name,
         "summary": summary,
