@@ -73,14 +73,14 @@ class Rows:
         held = self.held[mine]
         columns = self.temperature, self.top_k, self.top_p, self.min_p, self.seed  # as `sample` takes them
         special = [request for request in requests if request.special]
-        heated = any(request.params.tempered_logprobs for request in special)
+        heat = self.heat[mine]
         return Standing(
             rows,
             own=tensor(mine),
             table=tensor(self.table[mine, : held.max(initial=0)]),
             room=tensor(held * self.page),
             settings=[tensor(column[mine]) for column in columns],
-            heat=tensor(self.heat[mine]) if heated else NO_VALUES,
+            heat=tensor(heat) if (heat != 1).any() else NO_VALUES,
             top=max((request.params.top_logprobs for request in special), default=0),
             changing=any(request.changes_logits for request in special),
             record=any(request.record_experts for request in requests),

@@ -67,10 +67,10 @@ def _reported(raw: Tensor, tokens: Tensor, heat: Tensor, chosen: Tensor, row_by_
     rows = (raw[chosen] / heat[chosen, None, None]).flatten(0, 1)
     named = tokens[chosen].clamp(min=0).flatten()
     if row_by_row:
-        return torch.cat([log_probability(rows[i : i + 1], named[i : i + 1]) for i in range(len(rows))]).view(
-            len(chosen), -1
-        )
-    return log_probability(rows, named).view(len(chosen), -1)
+        values = torch.cat([log_probability(rows[i : i + 1], named[i : i + 1]) for i in range(len(rows))])
+    else:
+        values = log_probability(rows, named)
+    return values.view(len(chosen), tokens.shape[1])
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
