@@ -98,6 +98,7 @@ def describe_backend(backend: Backend, selected: Backend) -> dict[str, Any]:
         "usable": reason is None,
         "why_not": reason,
         "devices": devices,
+        "remark": backend.remark() if reason is None else "",
         "selected": backend.name == selected.name,
     }
 
@@ -126,7 +127,8 @@ def _machine_lines(report: dict[str, Any]) -> Iterable[str]:
     for backend in report["backends"]:
         mark = "*" if backend["selected"] else " "
         state = ", ".join(backend["devices"]) or "usable" if backend["usable"] else f"not usable: {backend['why_not']}"
-        yield f"  {mark} {backend['name']:<8} {state}"
+        remark = f"; {backend['remark']}" if backend["remark"] else ""
+        yield f"  {mark} {backend['name']:<8} {state}{remark}"
     yield "  * is what --backend takes here"
 
 

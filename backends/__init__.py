@@ -35,6 +35,7 @@ class Backend:
     layout: (config, dtype) -> how this backend's kernels want the latent cache.
     guarded: its kernels read memory by the sizes they are told, so the ops check shapes before they run.
     prepare: what its kernels ask of the process besides, done when the backend is activated and not before.
+    remark: what else `dsv3 doctor` says of one that is usable.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     layout: Callable[[LatentDims, torch.dtype], CacheLayout] = fused_layout
     guarded: bool = False
     prepare: Callable[[], None] = lambda: None
+    remark: Callable[[], str] = lambda: ""
 
     def why_not(self) -> str | None:
         """None when usable, else the reason; a probe that fails is a reason too."""

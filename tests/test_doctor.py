@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3 import backends, cli, doctor
+from dsv3.backends.cpu import native
 from dsv3.core.cache_size import cache_bytes_per_token, kv_bytes, latent_bytes
 from dsv3.core.config import ModelConfig
 from dsv3.ops.op import OPS, Kernel, use_backend
@@ -45,6 +46,12 @@ def test_every_backend_has_one_line_and_an_unusable_one_its_reason(capsys):
         (line,) = (line for line in lines if line[4:].startswith(backend["name"] + " "))
         assert ("not usable: " in line) == (not backend["usable"])
         assert backend["usable"] or backend["why_not"] in line
+        assert line.endswith(backend["remark"])
+
+
+def test_missing_cpp_kernels_are_told_with_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(native, "extension", None)
+    assert "install g++" in text(capsys)
 
 
 def test_a_missing_library_comes_with_the_extra_that_brings_it(monkeypatch, capsys):

@@ -50,6 +50,7 @@ OUTSIDE = {
     "expert": lambda: permute(torch.zeros(1, 4), i32(3)[None], 3, 1),
     "row": lambda: unpermute(torch.zeros(2, 4), i32(2)[None], None),
     "segment": lambda: grouped_gemm(torch.zeros(2, 4), torch.zeros(1, 3, 4), i32(0, 3)),
+    "end": lambda: grouped_gemm(torch.zeros(2, 4), torch.zeros(1, 3, 4), i32(0, -9)),
 }
 
 

@@ -4,6 +4,17 @@ from pkgutil import walk_packages
 
 from .. import Backend
 
+
+def _remark() -> str:
+    from .native import extension
+
+    if extension is None:
+        return (
+            "without its C++ kernels, which makes small models slow: install g++ and Python's headers, then dsv3 anew"
+        )
+    return f"C++ kernels for {extension.__name__.rpartition('_')[2]}"
+
+
 BACKEND = Backend(
     name="cpu",
     device="cpu",
@@ -13,5 +24,6 @@ BACKEND = Backend(
         for module in walk_packages(__path__, f"{__name__}.")
         if not module.name.rpartition(".")[2].startswith("_")  # built for a CPU that this one may not be
     ),
+    remark=_remark,
 )
 BACKEND.load()

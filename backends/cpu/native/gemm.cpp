@@ -43,7 +43,7 @@ void grouped_gemm(Address a_, Address b_, Address offsets_, Address out_, long e
     float* out = floats(out_);
     for (long expert = 0; expert < experts; ++expert) {
         const long start = offsets[expert], end = offsets[expert + 1];
-        if (start < 0 || end > rows) throw std::out_of_range("an expert's rows lie outside of the buffer");
+        if (start < 0 || end < start || end > rows) throw std::out_of_range("an expert's rows lie outside of the buffer");
         if (start < end) product(a + start * K, K, b + expert * N * K, K, out + start * N, N, end - start, N, K);
     }
     for (long i = offsets[experts] * N; i < rows * N; ++i) out[i] = 0.0f;
