@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncGenerator
+from typing import cast
 
 from ..core.sampling_params import SamplingParams
 from ..errors import UserError
@@ -82,8 +83,7 @@ class SocketClient(asyncio.Protocol):
     # Called by the event loop -----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._heard = time.monotonic()
