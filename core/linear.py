@@ -79,6 +79,10 @@ class Linear(nn.Module):
         if self._packed is not None:
             self.pack()
 
+    def derived(self) -> tuple[Tensor, ...]:
+        """What was made of the weight and is kept."""
+        return () if self._packed is None else (self._packed[0].data,)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as an ordinary matrix."""
         if self.weight_scale_inv is None:

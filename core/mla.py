@@ -53,8 +53,21 @@ class MLA(nn.Module):
         self._absorb: tuple[Stamp, Tensor, Tensor] | None = None
 
     def refresh(self) -> None:
-        """Forget what was made of an earlier state of the weights."""
-        self._absorb = None
+        """Make anew what was made of earlier weights, where it lies: captured steps know its address."""
+        if self._absorb is None:
+            return
+        _, up_k, up_v = self._absorb
+        if up_k.device != self.kv_b_proj.weight.device:
+            self._absorb = None
+            return
+        with torch.inference_mode():
+            for old, new in zip((up_k, up_v), self._cut(up_k.dtype), strict=True):
+                old.copy_(new)
+        self._absorb = self.kv_b_proj.stamp(), up_k, up_v
+
+    def derived(self) -> tuple[Tensor, ...]:
+        """What was made of the weights and is kept."""
+        return () if self._absorb is None else self._absorb[1:]
 
     def readers(self) -> tuple[Linear, ...]:
         """The products that read x."""
@@ -131,16 +144,19 @@ class MLA(nn.Module):
 
     def _expansions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_b_proj cut into the keys' part [H, R, n] and the values' [H, v, R]; kept while no gradient is wanted."""
-        c = self.config
         keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if keep and self._absorb is not None:
             stamp, up_k, up_v = self._absorb
             if same(stamp, self.kv_b_proj.stamp()) and up_k.dtype == dtype:
                 return up_k, up_v
-        heads = self.kv_b_proj.dequantized(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
-        up_k, up_v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        up_k = up_k.transpose(1, 2)
+        up_k, up_v = self._cut(dtype)
         if keep:
             up_k, up_v = up_k.contiguous(), up_v.contiguous()
             self._absorb = self.kv_b_proj.stamp(), up_k, up_v
         return up_k, up_v
+
+    def _cut(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        c = self.config
+        heads = self.kv_b_proj.dequantized(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
+        up_k, up_v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        return up_k.transpose(1, 2), up_v

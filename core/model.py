@@ -262,3 +262,8 @@ class DeepseekV3(nn.Module):
         for module in self.modules():
             if isinstance(module, (Linear, MLA)):
                 module.refresh()
+
+    def addresses(self) -> list[int]:
+        """Where a pass reads weights and what was derived from them: a step that was captured reads there again."""
+        derived = [kept for module in self.modules() if isinstance(module, (Linear, MLA)) for kept in module.derived()]
+        return [tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers(), *derived)]

@@ -31,6 +31,7 @@ class DecodeGraphs:
         self.context = model.config.max_position_embeddings
         self.width = cache.pages_for(self.context)
         self.replays = 0
+        self._addresses: list[int] = []
         self._main: dict[Shape, Captured | None] = {}
         self._module: dict[Shape, Captured | None] = {}
 
@@ -51,10 +52,13 @@ class DecodeGraphs:
                     hidden, _ = main.replay(tokens, *inputs)
                     self._known(self._module, self._module_pass, shape, hidden, tokens, *inputs)
 
-    def forget(self) -> None:
-        """What was derived from weights is part of a captured step: they have changed."""
-        self._main.clear()
-        self._module.clear()
+    def weights_changed(self) -> None:
+        """What was captured stands as long as weights, and what is derived from them, lie where they did."""
+        addresses = self.model.addresses()
+        if addresses != self._addresses:
+            self._main.clear()
+            self._module.clear()
+            self._addresses = addresses
 
     def fits(self, step: StepInput) -> bool:
         """Is it one group of a size that can be captured, all of whose logits are wanted, with nothing to record?"""
@@ -98,7 +102,9 @@ class DecodeGraphs:
         *inputs: Tensor,
     ) -> Captured | None:
         if shape not in known:
-            known[shape] = capture_for_speed(make(shape), *inputs)
+            captured = capture_for_speed(make(shape), *inputs)
+            self.weights_changed()  # or what was derived from them is somewhere else by now
+            known[shape] = captured
         return known[shape]
 
     def _shape(self, step: StepInput) -> Shape:

@@ -123,7 +123,7 @@ class ModelRunner:
 
     def weights_changed(self) -> None:
         if self.computer.graphs is not None:
-            self.computer.graphs.forget()
+            self.computer.graphs.weights_changed()
 
     def experts(self, request: Request, count: int) -> Tensor | None:
         """i32 [count, layers with experts, k], what the gates chose for the first `count` tokens of a request that

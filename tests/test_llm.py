@@ -14,9 +14,11 @@ from tiny_model import CONFIG, GREEDY, TOKENIZER, load, save
 
 import dsv3
 from dsv3 import Guide, SamplingParams, UserError
+from dsv3.backends.cpu import native
 from dsv3.core import special_tokens as family
 from dsv3.core.encoding import encode_chat
 from dsv3.core.generate import Completion, SimpleRollout
+from dsv3.core.mla import MLA
 from dsv3.serving.llm import LLM, Generated
 
 HELLO = [{"role": "user", "content": "the cat"}]
@@ -214,6 +216,25 @@ def test_new_weights_write_new_texts_and_nothing_old_is_used_again(llm):
     )
     assert llm.update_weights({}, version=70) == 70
     assert llm.generate("the cat", GREEDY)[0].completion.weight_version == 70
+
+
+@pytest.mark.skipif(not native.built(), reason="nothing is captured without the C++ kernels")
+def test_captured_steps_read_new_weights_where_the_old_ones_were(llm):
+    llm.generate(LONG, GREEDY)
+    graphs = llm.rollout.engine.runner.computer.graphs
+    captured, replays = dict(graphs._main), graphs.replays
+    assert replays and any(captured.values())
+    llm.update_weights(random_model(CONFIG, 1).state_dict())
+    new = llm.generate(LONG, GREEDY)[0]
+    assert graphs.replays > replays and graphs._main == captured
+    want = SimpleRollout(random_model(CONFIG, 1)).generate([new.completion.prompt_ids], GREEDY)[0]
+    assert new.token_ids == want.token_ids
+    for module in llm.model.modules():
+        if isinstance(module, MLA):
+            module._absorb = None
+    llm.update_weights({})  # what is derived will be somewhere else
+    assert not graphs._main
+    assert llm.generate(LONG, GREEDY)[0].token_ids == want.token_ids
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(llm):
