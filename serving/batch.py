@@ -50,41 +50,56 @@ def build(
 
     per_token: every new token poses as a sequence of its own, so that its numbers cannot depend on the others'.
     """
-    alike = True
+    width, alike = works[0].count, True
     for work in works:
         request = work.request
         if len(request.blocks) != request.synced:
             rows.update(request)
-        if work.count != 1 or not work.sample:
+        if work.count != width or not work.sample or len(request.draft) != width - 1:
             alike = False
-    if alike:
+    if alike and (width == 1 or (not per_token and Form.of(config).absorbs(min(w.start for w in works), width))):
         return decoding(works, copies, rows, config.vocab_size), works
     return mixed(works, copies, rows, config, per_token)
 
 
 def decoding(works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Rows, vocab_size: int) -> StepInput:
-    """Of works of one token each, all of which sample: one group, and nobody's prompt to report on."""
-    requests, page = [work.request for work in works], rows.page
-    standing, always = rows.standing(requests), _same_always(len(works))
+    """Of works that sample behind a known token and as many drafts each: one group, no prompt to report on."""
+    requests, page, width = [work.request for work in works], rows.page, works[0].count
+    standing, always = rows.standing(requests), _same_always(len(works), width)
     # Loops, because a dozen calls of numpy take longer.
-    newest = [work.request.tokens[work.start] for work in works]
-    slots = [work.request.blocks[work.start // page] * page + work.start % page for work in works]
-    ends = [work.start + 1 for work in works]
-    lens, next_positions = tensor(np.array(ends, np.int32)), tensor(np.array(ends, np.int64))
-    group = Group(1, len(works), 1, sum(ends), max(ends), standing.table, lens, always.bounds)
+    starts = [work.start for work in works]
+    if width == 1:
+        places, following, draft = starts, always.following, always.draft
+        newest = [work.request.tokens[work.start] for work in works]
+        slots = [work.request.blocks[work.start // page] * page + work.start % page for work in works]
+    else:
+        places = [place for start in starts for place in range(start, start + width)]
+        newest = [token for work in works for token in (work.request.tokens[work.start], *work.request.draft)]
+        slots = [
+            work.request.blocks[place // page] * page + place % page
+            for work in works
+            for place in range(work.start, work.start + width)
+        ]
+        draft = tensor(np.array([request.draft for request in requests], np.int64))
+        following = tensor(np.array([token for work in works for token in (*work.request.draft, 0)], np.int64))
+    lens = [start + width for start in starts]
+    group = Group(
+        width, len(places), width, sum(lens), max(lens), standing.table[:, : -(-max(lens) // page)],
+        tensor(np.array(lens, np.int32)), always.bounds,
+    )  # fmt: skip
     return StepInput(
         tokens=tensor(np.array(newest, np.int64)),
-        positions=tensor(np.array([work.start for work in works], np.int64)),
+        positions=tensor(np.array(places, np.int64)),
         slots=tensor(np.array(slots, np.int64)),
-        rows=standing.own,
-        following=always.following,
+        rows=standing.own if width == 1 else tensor(standing.own.numpy().repeat(width)),
+        following=following,
         bounds=always.bounds,
         copies=_copies(copies),
         sampled=always.sampled,
         all_sampled=True,
-        draft=always.draft,
+        draft=draft,
         sampled_rows=standing.own,
-        next_positions=next_positions,
+        next_positions=tensor(np.array(starts, np.int64) + 1),
         room=standing.room,
         table=standing.table,
         settings=standing.settings,
@@ -93,14 +108,14 @@ def decoding(works: Sequence[Work], copies: Sequence[tuple[int, int]], rows: Row
         report=NO_IDS,
         report_top=0,
         record=standing.record,
-        edits=edits_of(requests, 1, vocab_size) if standing.changing else None,
+        edits=edits_of(requests, width, vocab_size) if standing.changing else None,
         groups=[group],
     )
 
 
 @dataclass(frozen=True)
 class _Always:
-    """What all steps that decode so many requests have in common; see StepInput."""
+    """What all steps that decode so many requests, so many tokens each, have in common; see StepInput."""
 
     bounds: Tensor
     following: Tensor
@@ -109,12 +124,11 @@ class _Always:
 
 
 @lru_cache(maxsize=1024)
-def _same_always(count: int) -> _Always:
-    places = torch.arange(count + 1)
+def _same_always(count: int, width: int) -> _Always:
     return _Always(
-        places.int(),
+        torch.arange(count + 1, dtype=torch.int32) * width,
         torch.zeros(count, dtype=torch.int64),
-        places[:-1, None],
+        torch.arange(count * width).view(count, width),
         torch.empty(count, 0, dtype=torch.int64),
     )
 

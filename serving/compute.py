@@ -94,7 +94,7 @@ class Computer:
         output.tokens, output.accepted = tokens, accepted
         if self.settings.speculative_tokens:
             predicted = self._module(step, hidden, self._following(step, places, tokens), described)
-            output.drafts = self._draft(step, predicted, tokens, accepted, places, settings, positions)
+            output.drafts = self._draft(step, *predicted, tokens, accepted, places, settings, positions)
         if self.settings.ahead:
             self.last[self._there(step.sampled_rows)] = tokens[:, 0]
         if step.top:
@@ -142,10 +142,13 @@ class Computer:
             tokens = torch.where(tokens < 0, self.last[self._there(step.rows)], tokens)
         return tokens
 
-    def _module(self, step: StepInput, hidden: Tensor, following: Tensor, described: Step | None) -> Tensor:
-        """The MTP module over all tokens of the step: its part of the cache must know them all."""
+    def _module(
+        self, step: StepInput, hidden: Tensor, following: Tensor, described: Step | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The MTP module over all tokens of the step: its part of the cache must know them all. -> [T, D], and what the
+        head makes of it, [T, V], where that was captured with it."""
         if described is not None:
-            return self.model.mtp(0, hidden, following, described)
+            return self.model.mtp(0, hidden, following, described), None
         assert self.graphs is not None
         return self.graphs.module(step, hidden, following)
 
@@ -171,45 +174,56 @@ class Computer:
 
     def _following(self, step: StepInput, places: Tensor, tokens: Tensor) -> Tensor:
         """The token behind each of the step, those that were just chosen included."""
+        if step.all_sampled:
+            return tokens.clamp(min=0).view(-1)
         known = places >= 0
         return self._there(step.following).index_put((places[known],), tokens[known].clamp(min=0))
 
     def _draft(
-        self, step: StepInput, predicted: Tensor, tokens: Tensor, accepted: Tensor | None, places: Tensor,
-        settings: list[Tensor], positions: Tensor,
+        self, step: StepInput, predicted: Tensor, logits: Tensor | None, tokens: Tensor, accepted: Tensor | None,
+        places: Tensor, settings: list[Tensor], positions: Tensor,
     ) -> Tensor:  # fmt: skip
-        """predicted [T, D], the module's output over the step -> i64 [B, speculative_tokens], -1 behind where a
-        request's pages end."""
-        behind = torch.zeros_like(positions) if accepted is None else accepted.long()
-        hidden = predicted[places.gather(1, behind[:, None]).squeeze(1)]  # of the last known token but the newest
-        newest = positions + behind  # where the newest token stands
-        token = self._draft_token(hidden, settings, newest + 1)
+        """predicted [T, D], the module's output over the step, and the head's over that [T, V], where it is known ->
+        i64 [B, speculative_tokens], -1 behind where a request's pages end."""
+        if accepted is None:
+            last, newest = places.squeeze(1), positions
+        else:
+            last, newest = places.gather(1, accepted.long()[:, None]).squeeze(1), positions + accepted
+        hidden = predicted[last]  # of the last known token but the newest, which stands at `newest`
+        token = self._draft_token(hidden, None if logits is None else logits[last], settings, newest + 1)
         drafts = [token]
         for depth in range(1, self.settings.speculative_tokens):
             able = able_to_draft(step, depth)
             if not able.any():
                 break
             index = self._there(able.nonzero()[:, 0])
-            state = self._again(hidden[index], token[index], newest[index] + depth - 1, step.table[able])
+            state, logits = self._again(hidden[index], token[index], newest[index] + depth - 1, step.table[able])
             hidden = hidden.index_copy(0, index, state)
-            drawn = self._draft_token(state, [setting[index] for setting in settings], newest[index] + depth + 1)
+            drawn = self._draft_token(
+                state, logits, [setting[index] for setting in settings], newest[index] + depth + 1
+            )
             token = torch.full_like(token, -1).index_copy(0, index, drawn)
             drafts.append(token)
         return torch.stack(drafts, 1)
 
-    def _again(self, hidden: Tensor, token: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-        """The MTP module on its own output: one token per request, at `positions` i64 [B] -> [B, D]."""
-        lens = (positions + 1).to(torch.int32)
-        lens_cpu = lens.cpu()  # waits for the device: the price of a second draft
-        page, pages = self.cache.page_size, self._there(table)
-        slots = pages.gather(1, (positions // page)[:, None]).squeeze(1).long() * page + positions % page
-        step = PagedStep(self.cache, slots, pages, lens, lens_cpu, int(lens_cpu.sum()), int(lens_cpu.max()), True)
+    def _again(self, hidden: Tensor, token: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MTP module on its own output: one token per request, at `positions` i64 [B]; table on the host -> as
+        _module."""
+        places = positions.cpu()  # waits for the device: the price of a second draft
+        lens, page = (places + 1).to(torch.int32), self.cache.page_size
+        slots = table.gather(1, (places // page)[:, None]).squeeze(1).long() * page + places % page
+        if self.graphs is not None and self.graphs.takes(len(table)):
+            return self.graphs.again(hidden, token, places, slots, table, lens)
+        pages, there = self._there(table), self._there(lens)
+        bound = PagedStep(self.cache, self._there(slots), pages, there, lens, int(lens.sum()), int(lens.max()), True)
         bounds = torch.arange(len(table) + 1, dtype=torch.int32, device=self.device)
-        return self.model.mtp(0, hidden, token, self.model.step(positions, bounds, 1, step, None, step.longest))
+        described = self.model.step(positions, bounds, 1, bound, None, bound.longest)
+        return self.model.mtp(0, hidden, token, described), None
 
-    def _draft_token(self, hidden: Tensor, settings: list[Tensor], positions: Tensor) -> Tensor:
+    def _draft_token(self, hidden: Tensor, logits: Tensor | None, settings: list[Tensor], positions: Tensor) -> Tensor:
         """With the noise that verification will use, so that a good draft is the very token."""
-        return sample(self.model.head(hidden).float(), *settings, positions)[0]
+        logits = self.model.head(hidden) if logits is None else logits
+        return sample(logits.float(), *settings, positions)[0]
 
     # Reports ----------------------------------------------------------------------------------------------------------
 

@@ -30,8 +30,10 @@ class DecodeGraphs:
         self.model, self.cache, self.spare = model, cache, spare
         self.context = model.config.max_position_embeddings
         self.width = cache.pages_for(self.context)
+        self.on_host = cache.device.type == "cpu"
         self.replays = 0
         self._addresses: list[int] = []
+        self._made: tuple[StepInput | None, tuple[Tensor, ...]] = None, ()
         self._main: dict[Shape, Captured | None] = {}
         self._module: dict[Shape, Captured | None] = {}
 
@@ -82,17 +84,31 @@ class DecodeGraphs:
         hidden, logits = captured.replay(self._filled(tokens, shape[0] * shape[1], 0), *self._of(step, shape))
         return hidden[: len(tokens)], logits[: len(tokens)]
 
-    def module(self, step: StepInput, hidden: Tensor, following: Tensor) -> Tensor:
-        """The MTP module over the same tokens -> [T, D]."""
-        shape, count = self._shape(step), len(hidden)
-        rows = shape[0] * shape[1]
-        filled = pad(hidden, (0, 0, 0, rows - count)), self._filled(following, rows, 0)
-        inputs = *filled, *self._of(step, shape)
+    def module(self, step: StepInput, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """The MTP module over the same tokens -> [T, D], and logits [T, V]."""
+        shape = self._shape(step)
+        return self._predicted(shape, hidden, following, self._of(step, shape))
+
+    def takes(self, sequences: int) -> bool:
+        return sequences <= SIZES[-1]
+
+    def again(
+        self, hidden: Tensor, token: Tensor, positions: Tensor, slots: Tensor, table: Tensor, lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same over a token of each sequence. hidden [B, D], token i64 [B]: on the device; the rest on the host."""
+        shape = SIZES[bisect_left(SIZES, len(table))], 1, self._pages(table.shape[1])
+        return self._predicted(shape, hidden, token, self._inputs(positions, slots, table, lens, shape))
+
+    def _predicted(
+        self, shape: Shape, hidden: Tensor, following: Tensor, bound: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        rows, count = shape[0] * shape[1], len(hidden)
+        inputs = self._filled(hidden, rows, 0), self._filled(following, rows, 0), *bound
         captured = self._known(self._module, self._module_pass, shape, *inputs)
-        if captured is None:
-            return self._module_pass(shape)(*inputs)[:count]
-        self.replays += 1
-        return captured.replay(*inputs)[:count]
+        run = self._module_pass(shape) if captured is None else captured.replay
+        self.replays += captured is not None
+        predicted, logits = run(*inputs)
+        return predicted[:count], logits[:count]
 
     def _known(
         self,
@@ -114,30 +130,39 @@ class DecodeGraphs:
     def _pages(self, wanted: int) -> int:
         """A graph of a device reads lengths there, and is captured for the whole context; kernels of the CPU are chosen
         by what the table could hold, and capturing takes them milliseconds: for that, powers of two."""
-        if self.cache.device.type != "cpu":
-            return self.width
-        return min(1 << (wanted - 1).bit_length(), self.width)
+        return min(1 << (wanted - 1).bit_length(), self.width) if self.on_host else self.width
 
     def _filled(self, values: Tensor, length: int, value: int) -> Tensor:
-        return values if len(values) == length else pad(values, (0, length - len(values)), value=value)
+        missing = length - len(values)
+        return pad(values, (*(0, 0) * (values.dim() - 1), 0, missing), value=value) if missing else values
 
     def _of(self, step: StepInput, shape: Shape) -> tuple[Tensor, ...]:
-        group = step.groups[0]
-        return self._inputs(step.positions, step.slots, group.table, group.lens, shape)
+        """Made once for the pass and the module."""
+        made, inputs = self._made
+        if made is not step:
+            group = step.groups[0]
+            inputs = self._inputs(step.positions, step.slots, group.table, group.lens, shape)
+            self._made = step, inputs
+        return inputs
 
     def _inputs(
         self, positions: Tensor, slots: Tensor, table: Tensor, lens: Tensor, shape: Shape
     ) -> tuple[Tensor, ...]:
         """positions, slots, table and lens on the device, and lens on the host, filled up to `shape`."""
-        (size, count, pages), device = shape, self.cache.device
+        size, count, pages = shape
         missing, page = size - len(lens), self.cache.page_size
         if missing:
             slots = torch.cat([slots, torch.arange(missing * count) % count + self.spare * page])
             positions = self._filled(positions, size * count, 0)
             lens = self._filled(lens, size, count)
-        wide = torch.full((size, pages), self.spare, dtype=torch.int32)
-        wide[: len(table), : table.shape[1]] = table
-        return *(tensor.to(device, non_blocking=True) for tensor in (positions, slots, wide, lens)), lens
+        wide = table
+        if table.shape != (size, pages):
+            wide = torch.full((size, pages), self.spare, dtype=torch.int32)
+            wide[: len(table), : table.shape[1]] = table
+        if self.on_host:
+            return positions, slots, wide, lens, lens
+        there = [tensor.to(self.cache.device, non_blocking=True) for tensor in (positions, slots, wide, lens)]
+        return *there, lens
 
     def _bound(self, slots: Tensor, table: Tensor, lens: Tensor, lens_cpu: Tensor) -> PagedStep:
         total = len(lens) * self.context
@@ -154,12 +179,13 @@ class DecodeGraphs:
 
         return run
 
-    def _module_pass(self, shape: Shape) -> Callable[..., Tensor]:
+    def _module_pass(self, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
         model, (size, count, _) = self.model, shape
         bounds = torch.arange(size + 1, dtype=torch.int32, device=self.cache.device) * count
 
-        def run(hidden: Tensor, following: Tensor, positions: Tensor, *cache: Tensor) -> Tensor:
+        def run(hidden: Tensor, following: Tensor, positions: Tensor, *cache: Tensor) -> tuple[Tensor, Tensor]:
             step = model.step(positions, bounds, count, self._bound(*cache), None, self.context)
-            return model.mtp(0, hidden, following, step)
+            predicted = model.mtp(0, hidden, following, step)
+            return predicted, model.head(predicted)
 
         return run

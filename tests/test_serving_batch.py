@@ -10,7 +10,7 @@ from tiny_model import CONFIG
 from torch import Tensor
 
 from dsv3.core.generate import SamplingParams
-from dsv3.serving.batch import build, decoding, mixed
+from dsv3.serving.batch import Form, build, decoding, mixed
 from dsv3.serving.request import Request
 from dsv3.serving.rows import Rows
 from dsv3.serving.scheduler import Work
@@ -69,10 +69,16 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
 
 
 @SOME
-@given(st.lists(st.tuples(LENGTHS, PARAMS), min_size=1, max_size=5), st.booleans())
-def test_steps_that_only_decode_are_built_in_a_short_way_to_the_same_tensors(drawn, per_token):
+@given(st.lists(st.tuples(LENGTHS, PARAMS), min_size=1, max_size=5), st.booleans(), st.integers(0, 2))
+def test_steps_that_only_decode_are_built_in_a_short_way_to_the_same_tensors(drawn, per_token, drafted):
     some = requests(drawn)
     rows, works = rows_of(some), [newest(request) for request in some]
+    form = Form.of(CONFIG)
+    if drafted and not per_token and all(form.absorbs(work.start, 1 + drafted) for work in works):
+        for work in works:
+            work.request.draft, work.count = [1, 2, 3][:drafted], 1 + drafted
+            work.request.blocks.append(PAGES * work.request.row + PAGES - 1)
+        rows = rows_of(some)
     whole, order = mixed(works, [(1, 2)], rows, CONFIG, per_token)
     assert order == works
     assert differences(decoding(works, [(1, 2)], rows, CONFIG.vocab_size), whole) == []
