@@ -6,6 +6,8 @@ import pytest
 
 from dsv3.training.data import corpus
 
+pytestmark = pytest.mark.slow  # the text of a whole machine
+
 
 @pytest.fixture(scope="module")
 def sources() -> tuple[corpus.CorpusSource, corpus.CorpusSource]:

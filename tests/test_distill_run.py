@@ -23,6 +23,8 @@ from dsv3.training.distill.run import distill, student_settings, train_student
 from dsv3.training.metrics import read_metrics
 from dsv3.training.sft.run import Sft
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 SHIPPED = sorted((CONFIGS / "distill").glob("*.toml"))
 TUNING = {

@@ -20,6 +20,8 @@ from dsv3.training.grpo.config import GrpoConfig
 from dsv3.training.grpo.run import GrpoRun, cut
 from dsv3.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 HERE = Path(__file__).parent
 SHIPPED = sorted((HERE.parent / "training" / "configs" / "grpo").glob("*.toml"))
 

@@ -21,6 +21,8 @@ from dsv3.core.step import Routing
 from dsv3.errors import UserError
 from dsv3.training.lora import LoraLinear, LoraSection, adapters, attach, load_adapter, save_adapter
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 EVERYTHING = LoraSection(rank=4, targets=("*",))
 # Projections of whole blocks, so that all of them stay FP8; of 8 routed experts, 2 a token, and a shared one.
 BLOCKS = ModelConfig.from_pretrained("dsv3-2m").replace(

@@ -17,6 +17,8 @@ from dsv3.training import checkpointing
 from dsv3.training.checkpointing import verify
 from dsv3.training.metrics import MetricsLog, read_metrics
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,8 @@ from dsv3.training.metrics import read_metrics
 from dsv3.training.pretrain import Pretraining
 from dsv3.training.verbs import STAGES
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 VOCABULARY = 400
 TINY_PRETRAIN = (
     "length=8 steps", "optim.lr=1e-2", "optim.warmup_steps=2", "batch.sequences=4", "batch.micro_batch=4",

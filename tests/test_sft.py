@@ -23,6 +23,8 @@ from dsv3.training.progress import Progress
 from dsv3.training.sft.config import SftConfig
 from dsv3.training.sft.run import Sft
 
+pytestmark = pytest.mark.slow  # whole runs, with their checkpoints and logs
+
 SHIPPED = sorted((Path(__file__).parent.parent / "training" / "configs" / "sft").glob("*.toml"))
 
 
