@@ -8,8 +8,9 @@ Each text ends where the model ends it. All numbers of drafts are run in turn in
 medians count, after a round that does not.
 
 tokens a step: of one place in the batch, those included that are empty while the last texts end. pass: of the model
-over the tokens of a step and their drafts; module: the MTP module, its heads and what it chooses; choice: sampling and
-verification; rest: the head over the pass, the plan, the tensors of a step and what is told of it.
+over the tokens of a step and their drafts, with its head where the step is replayed; module: the MTP module, its heads
+and what it chooses; choice: sampling and verification; rest: the head of other steps, the plan, the tensors of a step
+and what is told of it.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from dsv3.quickstart.arithmetic import problems
 from dsv3.serving import compute
 from dsv3.serving.rollout import EngineRollout
 
-PARTS = {"_forward": "pass", "_module": "module", "_draft": "module"}  # methods of compute.Computer
+PARTS = {"_forward": "pass", "_replayed": "pass", "_module": "module", "_draft": "module"}  # methods of compute.Computer
 COUNTERS = ("steps", "draft_tokens", "accepted_tokens")  # of messages.Stats
 COLUMNS = ("rate", "accepted", "tokens a step", "ms a step", "pass", "module", "choice", "rest")
 PROMPT = 64  # tokens of a text to go on with
