@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -64,7 +64,8 @@ class Server:
                     trick = server.plan.pop(0) if server.plan else None
                     server.under_way += 1
                     server.most_under_way = max(server.most_under_way, server.under_way)
-                try:
+                with ExitStack() as under_way:
+                    under_way.callback(server._answered)
                     if trick is not None:
                         return trick(self)
                     if self.path != "/v1/chat/completions":
@@ -73,10 +74,9 @@ class Server:
                         return send(self, 401, {"error": {"message": f"wrong key {self.headers.get('Authorization')}"}})
                     if server.models is not None and body["model"] not in server.models:
                         return send(self, 404, {"error": {"message": "no such model"}})
-                    return send(self, 200, server.answer(body))
-                finally:
-                    with server._lock:
-                        server.under_way -= 1
+                    answer = server.answer(body)
+                    under_way.close()  # who has the answer may ask the next question at once
+                    return send(self, 200, answer)
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
@@ -90,6 +90,10 @@ class Server:
         self.base = f"http://127.0.0.1:{self.port}/v1"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
+
+    def _answered(self) -> None:
+        with self._lock:
+            self.under_way -= 1
 
     def close(self) -> None:
         self._http.shutdown()
