@@ -254,13 +254,15 @@ class Engine:
     # Between steps ----------------------------------------------------------------------------------------------------
 
     def fail(self, error: str) -> list[Output]:
-        """A step has failed: everything that ran ends with `error`; what waits goes on."""
+        """A step has failed: everything that ran ends with `error`; what waits goes on. What the step was to copy or
+        compute may be missing in any block, so that none counts as known."""
         self.under_way = None
         self.scheduler.lost()
         outputs = []
         for request in list(self.scheduler.running):
             self._end(request, "error")
             outputs.append(self._last_words(request, "error", error))
+        self.scheduler.forget_prefixes()
         return outputs
 
     def stats(self) -> Stats:

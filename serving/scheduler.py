@@ -360,6 +360,6 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def forget_prefixes(self) -> None:
-        """The weights have changed: nothing computed before is of use. No request may be running."""
+        """Nothing computed before is of use. No request may be running."""
         for pool in self.pools:
             pool.forget()

@@ -267,6 +267,24 @@ def test_a_failed_step_ends_what_ran_and_frees_it():
     assert free(one) == 12
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_a_failed_step_was_to_copy_or_compute_is_not_found_by_others(ahead):
+    one = engine(ahead=ahead)
+    add(one, 1, list(range(8)))
+    run(one)
+    parting = [*range(7), 30, 31]  # begins with a page, and three tokens of another
+    for id in (2, 3):
+        add(one, id, parting)
+        one.runner.fail_next = True
+        with pytest.raises(RuntimeError):
+            one.step()
+        one.fail("the step failed")
+    add(one, 4, parting)
+    add(one, 5, [*parting, 32])
+    texts = run(one)
+    assert texts[4] == text(parting, 0, 5) and texts[5] == text([*parting, 32], 0, 5)
+
+
 def test_a_key_stands_for_everything_up_to_it():
     one = chain(chain(root_key(b""), [1, 2]), [3, 4])
     assert one != chain(chain(root_key(b""), [1, 5]), [3, 4])
