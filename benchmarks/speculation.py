@@ -37,7 +37,8 @@ from dsv3.quickstart.arithmetic import problems
 from dsv3.serving import compute
 from dsv3.serving.rollout import EngineRollout
 
-PARTS = {"_forward": "pass", "_replayed": "pass", "_module": "module", "_draft": "module"}  # methods of compute.Computer
+# Methods of compute.Computer.
+PARTS = {"_forward": "pass", "_replayed": "pass", "_module": "module", "_draft": "module"}
 COUNTERS = ("steps", "draft_tokens", "accepted_tokens")  # of messages.Stats
 COLUMNS = ("rate", "accepted", "tokens a step", "ms a step", "pass", "module", "choice", "rest")
 PROMPT = 64  # tokens of a text to go on with
