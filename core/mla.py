@@ -56,14 +56,15 @@ class MLA(nn.Module):
         """Make anew what was made of earlier weights, where it lies: captured steps know its address."""
         if self._absorb is None:
             return
-        _, up_k, up_v = self._absorb
-        if up_k.device != self.kv_b_proj.weight.device:
-            self._absorb = None
-            return
+        _, *kept = self._absorb
         with torch.inference_mode():
-            for old, new in zip((up_k, up_v), self._cut(up_k.dtype), strict=True):
+            fresh = self._cut(kept[0].dtype)
+            if any(old.shape != new.shape or old.device != new.device for old, new in zip(kept, fresh, strict=True)):
+                self._absorb = None  # the weight was cut or moved: its next reader makes them
+                return
+            for old, new in zip(kept, fresh, strict=True):
                 old.copy_(new)
-        self._absorb = self.kv_b_proj.stamp(), up_k, up_v
+        self._absorb = self.kv_b_proj.stamp(), *kept
 
     def derived(self) -> tuple[Tensor, ...]:
         """What was made of the weights and is kept."""
@@ -151,7 +152,8 @@ class MLA(nn.Module):
                 return up_k, up_v
         up_k, up_v = self._cut(dtype)
         if keep:
-            up_k, up_v = up_k.contiguous(), up_v.contiguous()
+            # Copies always: a view would be of the weight, and `refresh` writes into them.
+            up_k, up_v = (part.clone(memory_format=torch.contiguous_format) for part in (up_k, up_v))
             self._absorb = self.kv_b_proj.stamp(), up_k, up_v
         return up_k, up_v
 

@@ -344,6 +344,24 @@ def test_absorbed_weights_follow_writes_of_every_kind():
     assert relative(absorbed(), first) < 1e-5
 
 
+def test_what_is_made_anew_of_other_weights_is_not_written_into_the_ones_before():
+    one_head = SMALL.replace(num_attention_heads=1)  # its values' part of kv_b_proj lies in one piece
+    model, other = random_model(one_head, 0), random_model(one_head, 1)
+    before = model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+
+    def absorbed(model):
+        past = torch.zeros(one_head.num_hidden_layers, 1, 0, one_head.latent_dim)
+        with torch.inference_mode():
+            return model(torch.tensor([[1, 2, 3]]), cache=ContiguousCache(one_head, past)).logits
+
+    absorbed(model)
+    model.load_state_dict(other.state_dict(), assign=True)
+    model.refresh()
+    assert all(torch.equal(before[name], kept[name]) for name in kept)
+    assert torch.equal(absorbed(model), absorbed(other))
+
+
 def test_an_unknown_part_of_the_checkpoint_directory_is_refused(tmp_path):
     with pytest.raises(UserError, match="fp8 must be 'keep' or 'dequantize', not 'drop'"):
         DeepseekV3.from_pretrained(tmp_path, fp8="drop")
