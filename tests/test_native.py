@@ -121,6 +121,8 @@ X, W = torch.ones(2, 4), torch.ones(4)
         lambda x: x.mul_(2.0),  # in place
         lambda x: add_rms_norm(x, x, W, 1e-6)[0] * 2,  # no kernel here
         lambda x: x + 1,
+        lambda x: torch.add(x, x, alpha=2),
+        lambda x: torch.cat([torch.zeros(0), x.view(-1), x.view(-1).double()]),
         lambda x: add_rms_norm(x.double(), x.double(), W.double(), 1e-6)[0],
         lambda x: (x, x.sum().item())[0],  # read on the host
     ],

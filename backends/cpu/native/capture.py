@@ -37,6 +37,8 @@ def _clone(x: Tensor, memory_format: torch.memory_format | None = None) -> Tenso
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     first = tensors[0]
+    if any(tensor.dim() != first.dim() for tensor in tensors):
+        raise NotCapturable
     dim = dim % first.dim()
     sizes = [tensor.shape[dim] for tensor in tensors]
     out = torch.empty(*first.shape[:dim], sum(sizes), *first.shape[dim + 1 :])
@@ -45,15 +47,15 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return out
 
 
-def _add(a: Tensor, b: Tensor | float) -> Tensor:
-    if not isinstance(b, Tensor) or a.shape != b.shape or not are_small(a, b):
+def _add(a: Tensor, b: Tensor | float, alpha: float = 1) -> Tensor:
+    if not isinstance(b, Tensor) or alpha != 1 or a.shape != b.shape or not are_small(a, b):
         raise NotCapturable
     out = torch.empty_like(a)
     extension.add(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel())
     return out
 
 
-def _embedding(weight: Tensor, tokens: Tensor, padding_idx: int = -1) -> Tensor:
+def _embedding(weight: Tensor, tokens: Tensor, *of_gradients: int | bool) -> Tensor:
     if not (is_real(weight) and weight.is_contiguous() and tokens.dtype is torch.int64 and tokens.is_contiguous()):
         raise NotCapturable
     out = torch.empty(*tokens.shape, weight.shape[1])
