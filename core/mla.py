@@ -56,7 +56,7 @@ class MLA(nn.Module):
         """Make anew what was made of earlier weights, where it lies: captured steps know its address."""
         if self._absorb is None:
             return
-        _, *kept = self._absorb
+        kept = self._absorb[1:]
         with torch.inference_mode():
             fresh = self._cut(kept[0].dtype)
             if any(old.shape != new.shape or old.device != new.device for old, new in zip(kept, fresh, strict=True)):
